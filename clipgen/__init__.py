@@ -1,0 +1,5 @@
+"""clipgen: text-to-image models that train from images alone (CLIP-GEN, arXiv 2203.00386)."""
+
+from clipgen.pipeline import ClipGen, GeneratedImage, TextTruncated, UnknownWords
+
+__all__ = ["ClipGen", "GeneratedImage", "TextTruncated", "UnknownWords"]

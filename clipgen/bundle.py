@@ -1,0 +1,368 @@
+"""A bundle: one directory that holds one model, and nothing on faith.
+
+    config.json         format version, the sizes of the three parts, sampling defaults, what it was
+                        trained on, the size and sha256 of every weights file
+    clip.safetensors    open_clip's own tensor names
+    vqgan.safetensors
+    gpt.safetensors
+    README.md           the model card: optional, free to edit
+
+An unexpected weights file (.safetensors, .pt, .pth, .ckpt, .bin) in the directory is an error,
+since somebody meant it to count; other files, hidden ones and folders are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import types
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clipgen.clip import CLIP, CLIPConfig
+from clipgen.gpt import GPT, GPTConfig
+from clipgen.vqgan import VQGAN, VQGANConfig
+
+FORMAT_VERSION = 1
+WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+FILES = {part: f"{part}.safetensors" for part in ("clip", "vqgan", "gpt")}
+AGAIN = "copy or download the bundle again, or make it anew"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be loaded or saved; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What `generate` does where it is not told: see DESIGN's filters in `clipgen.sampling`.
+
+    temperature >= 0 (0: argmax), top_k >= 0 (0: all codes), top_p from 0 to 1 (1: all codes),
+    guidance >= 0 (1: none).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "guidance"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"sampling {name} must be at least 0, got {value}")
+        if self.top_p > 1:
+            raise ValueError(f"sampling top_p must be at most 1, got {self.top_p}")
+
+
+@dataclass
+class Bundle:
+    """The three modules, in eval mode and without gradients, and what config.json says of them."""
+
+    clip: CLIP
+    vqgan: VQGAN
+    gpt: GPT
+    sampling: SamplingDefaults
+    trained_on: dict[str, Any]
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Config:
+    """config.json, one field a key."""
+
+    format_version: int
+    clip: CLIPConfig
+    vqgan: VQGANConfig
+    gpt: GPTConfig
+    sampling: SamplingDefaults
+    trained_on: dict[str, Any]
+    files: dict[str, Any]
+
+
+def load_bundle(directory: str | Path, device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.float32) -> Bundle:
+    """Read and check a bundle.  `dtype` is the GPT's; CLIP and the VQGAN always run in float32.
+
+    Raises BundleError, one sentence, for every kind of damage.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    _check_agreement(directory / "config.json", config.clip, config.vqgan, config.gpt,
+                     config.sampling)
+    refuse_other_weights(directory)
+    for file in FILES.values():  # cheap: all of them before the first one is hashed
+        _check_size(directory, config, file)
+    return Bundle(_load_clip(directory, config, device), _load_vqgan(directory, config, device),
+                  _load_gpt(directory, config, device, dtype), config.sampling, config.trained_on,
+                  directory)
+
+
+def load_clip(directory: str | Path, device: str | torch.device = "cpu") -> CLIP:
+    """The CLIP of a bundle alone, with the same checks of its own file; float32."""
+    return _load_clip(Path(directory), _read_config(Path(directory)), device)
+
+
+def load_vqgan(directory: str | Path, device: str | torch.device = "cpu") -> VQGAN:
+    """The VQGAN of a bundle alone, with the same checks of its own file; float32."""
+    return _load_vqgan(Path(directory), _read_config(Path(directory)), device)
+
+
+def save_bundle(directory: str | Path, *, clip: CLIP, vqgan: VQGAN, gpt: GPT,
+                sampling: SamplingDefaults, trained_on: dict[str, Any],
+                dtype: torch.dtype = torch.float16) -> None:
+    """Write a bundle, over an older one if there is one; `dtype` is that of the stored weights.
+
+    All files are written under hidden names first, so that a save that fails changes nothing; then
+    each is put in place in one step, config.json last, so that a half replaced bundle fails its
+    checksums instead of loading.  BundleError: parts that do not fit together, weights that are not
+    finite or do not fit `dtype`, other weights in the directory.
+    """
+    directory = Path(directory)
+    _check_agreement(directory, clip.config, vqgan.config, gpt.config, sampling)
+    config = {"format_version": FORMAT_VERSION, "clip": asdict(clip.config),
+              "vqgan": asdict(vqgan.config), "gpt": asdict(gpt.config),
+              "sampling": asdict(sampling), "trained_on": trained_on, "files": {}}
+    json.dumps(config, allow_nan=False)  # anything that is not JSON fails here, nothing written
+    directory.mkdir(parents=True, exist_ok=True)
+    refuse_other_weights(directory)
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp"
+                 for name in (*FILES.values(), "config.json")}
+    try:
+        for part, module in (("clip", clip.model), ("vqgan", vqgan), ("gpt", gpt)):
+            path = temporary[FILES[part]]
+            _write_weights(directory / FILES[part], path, module, dtype)
+            config["files"][FILES[part]] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        text = json.dumps(config, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        temporary["config.json"].write_text(text, encoding="utf-8")
+        for path in temporary.values():  # on the disk before any of them counts
+            _sync(path)
+        for name, path in temporary.items():
+            os.replace(path, directory / name)
+        _sync(directory)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+# Saving
+
+
+def _write_weights(path: Path, temporary: Path, module: nn.Module, dtype: torch.dtype) -> None:
+    """Write a module's tensors, floating ones as `dtype`; `path` is what errors name."""
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", kind).contiguous()
+        if not _finite(tensors[name]):
+            raise BundleError(f"{path} cannot be written: {name} is not finite in {_name(kind)}: "
+                              "train again, or store a wider type")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file(tensors, temporary)
+    temporary.chmod(mode)  # safetensors leaves its files readable by their owner alone
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# config.json
+
+
+def _read_config(directory: Path) -> Config:
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise BundleError(f"{directory} is not a directory: give the directory of a bundle")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing, so {directory} is not a bundle: {AGAIN}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON ({error}): {AGAIN}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    # The version comes first: a later format may well have other keys.
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise BundleError(f"{path} has the format version {version!r}, this clipgen reads "
+                          f"{FORMAT_VERSION}: update clipgen, or {AGAIN}")
+    try:
+        config = _parse(data, Config, "")
+    except ValueError as error:
+        raise BundleError(f"{path} is wrong ({error}): {AGAIN}") from None
+    if set(config.files) != set(FILES.values()):
+        raise BundleError(f"{path} lists the files {sorted(config.files)} instead of "
+                          f"{sorted(FILES.values())}: {AGAIN}")
+    for name, entry in config.files.items():
+        if (not isinstance(entry, dict) or set(entry) != {"size", "sha256"}
+                or type(entry["size"]) is not int or not isinstance(entry["sha256"], str)):
+            raise BundleError(f"{path} must give size and sha256 of {name}: {AGAIN}")
+    return config
+
+
+def _parse(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as the type `hint`: dataclasses have exactly their fields as keys."""
+    options = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    if value is None and type(None) in options:
+        return None
+    hint = options[0]
+    kind = get_origin(hint) or hint
+    if hasattr(kind, "__dataclass_fields__"):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where or 'the whole'} must be an object, got {value!r:.60}")
+        hints = get_type_hints(kind)
+        names = [field.name for field in fields(kind)]
+        prefix = f"{where}." if where else ""
+        for name in names:
+            if name not in value:
+                raise ValueError(f"the key {prefix}{name} is missing")
+        for name in value:
+            if name not in names:
+                raise ValueError(f"the key {prefix}{name} is unknown")
+        return kind(**{name: _parse(value[name], hints[name], prefix + name) for name in names})
+    if kind is tuple and isinstance(value, list):
+        return tuple(_parse(item, get_args(hint)[0], where) for item in value)
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if kind in (int, bool, dict) and type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a finite number", bool: "true or false",
+              dict: "an object", tuple: "a list"}[kind]
+    raise ValueError(f"{where} must be {wanted}, got {value!r:.60}")
+
+
+def _check_agreement(path: Path, clip: CLIPConfig, vqgan: VQGANConfig, gpt: GPTConfig,
+                     sampling: SamplingDefaults) -> None:
+    """BundleError unless the parts fit together."""
+    for what, left, what_else, right in (
+            ("gpt embedding_dim", gpt.embedding_dim, "clip embed_dim", clip.model["embed_dim"]),
+            ("gpt codebook_size", gpt.codebook_size, "vqgan codebook_size", vqgan.codebook_size),
+            ("gpt block_size", gpt.block_size, "codes of a vqgan image", vqgan.grid ** 2)):
+        if left != right:
+            raise BundleError(f"{path} joins parts that do not fit: {what} is {left}, {what_else} "
+                              f"{right}: take all parts from one training run")
+    if sampling.guidance != 1 and not gpt.null_embedding:
+        raise BundleError(f"{path} asks for the sampling guidance {sampling.guidance}, but its gpt "
+                          "has no null_embedding: set guidance to 1")
+
+
+# Weights
+
+
+def refuse_other_weights(directory: Path) -> None:
+    """BundleError if the directory holds a weights file that is no part of a bundle."""
+    for path in sorted(directory.iterdir()):
+        if (path.suffix in WEIGHT_SUFFIXES and path.name not in FILES.values()
+                and not path.name.startswith(".")):
+            raise BundleError(f"{path} is no part of a bundle: move it out of the directory")
+
+
+def _check_size(directory: Path, config: Config, file: str) -> None:
+    path, size = directory / file, config.files[file]["size"]
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: {AGAIN}")
+    if path.stat().st_size != size:
+        raise BundleError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}, "
+                          f"so it is cut short or another file: {AGAIN}")
+
+
+def _load_clip(directory: Path, config: Config, device: str | torch.device) -> CLIP:
+    clip = _build(directory, CLIP, config.clip)
+    _fill(clip.model, directory, config, FILES["clip"], device, torch.float32)
+    clip.rebuild_buffers()
+    return _ready(clip)
+
+
+def _load_vqgan(directory: Path, config: Config, device: str | torch.device) -> VQGAN:
+    vqgan = _build(directory, VQGAN, config.vqgan)
+    _fill(vqgan, directory, config, FILES["vqgan"], device, torch.float32)
+    return _ready(vqgan)
+
+
+def _load_gpt(directory: Path, config: Config, device: str | torch.device,
+              dtype: torch.dtype) -> GPT:
+    gpt = _build(directory, GPT, config.gpt)
+    _fill(gpt, directory, config, FILES["gpt"], device, dtype)
+    return _ready(gpt)
+
+
+def _build(directory: Path, kind: type, config: Any) -> Any:
+    """The module on the meta device: shapes without memory or random numbers."""
+    try:
+        if kind is CLIP:
+            return CLIP.on_meta(config)
+        with torch.device("meta"):
+            return kind(config)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
+                          f"built ({error}): {AGAIN}") from error
+
+
+def _fill(module: nn.Module, directory: Path, config: Config, file: str,
+          device: str | torch.device, dtype: torch.dtype) -> None:
+    """Put the tensors of one file into a module built on meta; every one is checked."""
+    path = directory / file
+    _check_size(directory, config, file)
+    try:
+        if _sha256(path) != config.files[file]["sha256"]:
+            raise BundleError(f"{path} is not the file config.json describes, its sha256 differs: "
+                              f"{AGAIN}")
+        with safe_open(path, framework="pt") as opened:  # memory-mapped: pages come when touched
+            stored = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise BundleError(f"{path} is not a safetensors file ({error}): {AGAIN}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    expected = module.state_dict()
+    for name in sorted(expected.keys() ^ stored.keys()):
+        fault = "lacks the tensor" if name in expected else "has the unknown tensor"
+        raise BundleError(f"{path} {fault} {name}: {AGAIN}")
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise BundleError(f"{path} holds {name} as {tuple(tensor.shape)} instead of "
+                              f"{tuple(expected[name].shape)}: {AGAIN}")
+        floating = expected[name].is_floating_point()
+        if tensor.is_floating_point() != floating or not floating and (
+                tensor.dtype != expected[name].dtype):
+            raise BundleError(f"{path} holds {name} as {_name(tensor.dtype)} numbers: {AGAIN}")
+        stored[name] = tensor.to(device).to(dtype if floating else tensor.dtype)
+        if not _finite(stored[name]):
+            raise BundleError(f"{path} holds {name} with values that are not finite in "
+                              f"{_name(stored[name].dtype)}: {AGAIN}")
+    module.load_state_dict(stored, assign=True)
+
+
+def _ready(module: Any) -> Any:
+    """In eval mode, without gradients; RuntimeError if any tensor was left on meta."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    if left:
+        raise RuntimeError(f"{type(module).__name__} was built without values for {left}")
+    return module.eval().requires_grad_(False)
+
+
+def _finite(tensor: Tensor) -> bool:
+    # min and max carry NaN and infinity along, and need no mask of the tensor's size
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

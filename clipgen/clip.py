@@ -1,0 +1,228 @@
+"""CLIP: texts or pixels to unit embeddings.  The two towers are open_clip's, the rest is here."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# CLIP's byte-pair encoding (openai/CLIP, simple_tokenizer.py): its special ids, its size.
+PADDING, START, END, FULL_VOCABULARY = 0, 49406, 49407, 49408
+TEXTS_PER_PASS, IMAGES_PER_PASS = 256, 64  # bounds memory, changes nothing else
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """An open_clip model config and what its pixels and tokens must look like.
+
+    `model` is the content of one of open_clip's `model_configs/*.json`: `embed_dim`, `quick_gelu`,
+    `vision_cfg`, `text_cfg`.  `image_mean` and `image_std` are those of openai/CLIP unless given.
+
+    `vocabulary` makes the token table compact: the ids of CLIP's byte-pair encoding that have a
+    row, sorted; None keeps all 49,408.  Row i of the table is the token `vocabulary[i]`.  Two rules
+    follow from how open_clip reads its input:
+    * the order is that of the ids, so that end-of-text, the largest id, is also the largest row
+      (open_clip pools a text at the argmax of its tokens);
+    * row 0 is id 0, CLIP's padding; every token outside the vocabulary is read as row 0 too.
+    Start and end are always included, and `text_cfg.vocab_size` is the number of rows.
+    `vocabulary_of` makes such a tuple from texts.
+    """
+
+    model: dict[str, Any]
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    vocabulary: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_mean", "image_std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"CLIP {name} must be 3 numbers, got {getattr(self, name)}")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"CLIP image_std must be above 0, got {self.image_std}")
+        if set(self.model) != {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
+            raise ValueError("the CLIP model config must have embed_dim, quick_gelu, vision_cfg "
+                             f"and text_cfg, got {sorted(self.model)}")
+        vision, text = self.model["vision_cfg"], self.model["text_cfg"]
+        if not isinstance(vision, dict) or not isinstance(text, dict):
+            raise ValueError("CLIP vision_cfg and text_cfg must be tables")
+        for key in ("hf_model_name", "hf_tokenizer_name", "timm_model_name"):
+            if vision.get(key) or text.get(key):
+                raise ValueError(f"CLIP configs with {key} are not supported: "
+                                 "they need files from the network")
+        size = vision.get("image_size", 224)
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"CLIP image_size must be one whole number of pixels, got {size!r}")
+        if self.vocabulary is not None:
+            object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+            if tuple(sorted({*self.vocabulary, PADDING, START, END})) != self.vocabulary:
+                raise ValueError("the CLIP vocabulary must be sorted ids without repeats, with "
+                                 f"{PADDING}, {START} and {END} among them")
+            if self.vocabulary[0] < 0 or self.vocabulary[-1] != END:
+                raise ValueError(f"CLIP token ids lie between 0 and {END}, got "
+                                 f"{self.vocabulary[0]} to {self.vocabulary[-1]}")
+        rows = FULL_VOCABULARY if self.vocabulary is None else len(self.vocabulary)
+        size = text.get("vocab_size", FULL_VOCABULARY)
+        if size != rows:
+            raise ValueError(f"CLIP text_cfg.vocab_size is {size}, "
+                             f"but the vocabulary has {rows} tokens")
+
+    @classmethod
+    def published(cls) -> CLIPConfig:
+        """ViT-B/32 with QuickGELU: the CLIP of the published checkpoints, and openai's own."""
+        return cls(model={
+            "embed_dim": 512,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32},
+            "text_cfg": {"context_length": 77, "vocab_size": FULL_VOCABULARY, "width": 512,
+                         "heads": 8, "layers": 12},
+        })
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def _encode(text: str) -> list[int]:
+    """Byte-pair ids of a text, without start and end."""
+    tokenizer = _tokenizer()
+    if len(tokenizer.cache) > 100_000:  # open_clip remembers every word it has ever split
+        tokenizer.cache = {t: t for t in ("<start_of_text>", "<end_of_text>")}
+    # A lone surrogate, which JSON can carry, has no UTF-8 form; it becomes a question mark.
+    return tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _words(text: str) -> list[str]:
+    """The pieces CLIP splits a text into before byte-pair encoding, lower case."""
+    tokenizer = _tokenizer()
+    clean = tokenizer.clean_fn(text.encode("utf-8", "replace").decode("utf-8"))
+    return tokenizer.pat.findall(clean)
+
+
+def vocabulary_of(texts: Iterable[str]) -> tuple[int, ...]:
+    """The smallest `CLIPConfig.vocabulary` that knows every word of `texts`."""
+    return tuple(sorted({PADDING, START, END}.union(*(_encode(text) for text in texts))))
+
+
+class CLIP(nn.Module):
+    """Both towers of an open_clip CLIP, randomly initialised; `load_bundle` fills them.
+
+    The embeddings are float32 always, also under autocast: they are small next to the GPT, and
+    everything downstream depends on them.
+    """
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        from open_clip.model import CLIP as OpenCLIP
+
+        self.config = config
+        self.model = OpenCLIP(**config.model)
+        self.embedding_dim: int = config.model["embed_dim"]
+        self.context_length: int = self.model.context_length
+        self.image_size: int = config.model["vision_cfg"].get("image_size", 224)
+        self._rows = ({token: row for row, token in enumerate(config.vocabulary)}
+                      if config.vocabulary is not None else None)
+
+    @classmethod
+    def on_meta(cls, config: CLIPConfig) -> CLIP:
+        """A CLIP without values: fill `.model` by load_state_dict(assign=True), then call
+        `rebuild_buffers`."""
+        import open_clip.model  # noqa: F401  under torch.device its import ends in a circular one
+
+        with torch.device("meta"):
+            return cls(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    def rebuild_buffers(self) -> None:
+        """Make the causal mask again on the parameters' device, after a build on the meta device.
+
+        The mask is not in the state dict, so loading leaves it on meta, where open_clip's
+        `encode_text` takes it without an error and answers wrong.
+        """
+        if self.model.attn_mask is not None:
+            length = len(self.model.positional_embedding)
+            mask = torch.full((length, length), float("-inf"), device=self.device).triu(1)
+            self.model.register_buffer("attn_mask", mask, persistent=False)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Tokens int64 (N, context_length) on the CPU: start, text, end, zeros.
+
+        They are rows of this CLIP's token table: ids of CLIP's encoding, or their places in the
+        compact vocabulary.  A text too long is cut before the end token, which always remains.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a list of texts, got the single text {texts[:40]!r}")
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [START, *_encode(text)[:self.context_length - 2], END]
+            if self._rows is not None:
+                ids = [self._rows.get(token, PADDING) for token in ids]
+            row[:len(ids)] = torch.tensor(ids)
+        return tokens
+
+    def truncated(self, text: str) -> bool:
+        """Whether `tokenize` cuts the text: it has more tokens than context_length - 2."""
+        return len(_encode(text)) > self.context_length - 2
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of the text, lower case, of which any token is outside the vocabulary.
+
+        Each once, in the text's order; punctuation does not count.  Empty without a vocabulary.
+        """
+        if self._rows is None:
+            return []
+        return [word for word in dict.fromkeys(_words(text))
+                if not all(unicodedata.category(c).startswith("P") for c in word)
+                and not all(token in self._rows for token in _encode(word))]
+
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """Pixels float (N, 3, H, W) in [0, 1] to what `model.encode_image` takes (N, 3, S, S).
+
+        The shorter side is resized to S = `image_size` (bicubic, antialiased, as CLIP was trained),
+        the centre cropped, the overshoot of the bicubic clamped, CLIP's mean and std applied.
+        Differentiable.  ValueError: another shape or an integer type.
+        """
+        if pixels.dim() != 4 or pixels.shape[1] != 3 or min(pixels.shape[2:]) < 1:
+            raise ValueError(f"pixels must have the shape (N, 3, H, W), got {tuple(pixels.shape)}")
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels must be floating point in [0, 1], got {pixels.dtype}")
+        pixels = pixels.to(self.device, torch.float32)
+        size, (height, width) = self.image_size, pixels.shape[2:]
+        shorter = min(height, width)
+        if shorter != size:
+            height, width = size * height // shorter, size * width // shorter
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        pixels = pixels[:, :, top:top + size, left:left + size].clamp(0, 1)
+        mean = pixels.new_tensor(self.config.image_mean).view(1, 3, 1, 1)
+        std = pixels.new_tensor(self.config.image_std).view(1, 3, 1, 1)
+        return (pixels - mean) / std
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit rows float32 (N, embedding_dim) on this module's device, one per text."""
+        tokens = self.tokenize(texts).to(self.device)
+        return self._embed(self.model.encode_text, tokens.split(TEXTS_PER_PASS))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Unit rows float32 (N, embedding_dim) of pixels float (N, 3, H, W) in [0, 1], any size."""
+        return self._embed(lambda part: self.model.encode_image(self.preprocess(part)),
+                           pixels.split(IMAGES_PER_PASS))
+
+    # no_grad, not inference_mode: training feeds these embeddings to a GPT under autograd.
+    @torch.no_grad()
+    def _embed(self, encode: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            rows = [F.normalize(encode(part), dim=-1) for part in parts if len(part)]
+        return torch.cat(rows) if rows else torch.zeros(0, self.embedding_dim, device=self.device)

@@ -1,0 +1,145 @@
+"""The GPT: from a CLIP embedding and the codes so far to logits of the next code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT; `block_size` = codes of an image = 1 condition + (block_size - 1) codes."""
+
+    layers: int
+    width: int
+    heads: int
+    codebook_size: int
+    block_size: int
+    embedding_dim: int
+    null_embedding: bool = False  # learned by condition dropout; guidance needs it
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "codebook_size", "block_size", "embedding_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GPT {name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"GPT width {self.width} is not a multiple of its {self.heads} heads")
+
+    @classmethod
+    def published(cls) -> GPTConfig:
+        """The shape of the published COCO checkpoint."""
+        return cls(layers=24, width=1024, heads=16, codebook_size=16384, block_size=256,
+                   embedding_dim=512)
+
+
+class KVCache:
+    """Keys and values of every layer for a fixed block of rows, allocated once, written in place.
+
+    `position` is the number of tokens held.  A Python int reads just the filled prefix; a 0-d
+    tensor keeps every shape static (the whole cache under a mask), as a CUDA graph needs.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.layers, rows, config.heads, config.block_size, config.width // config.heads)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.slots = torch.arange(config.block_size, device=device)
+        self.position: int | Tensor = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k, v (N, H, 1, d) at `position`; return keys, values (N, H, T, d), mask or None."""
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(self.position, int):
+            at = self.position
+            keys[:, :, at:at + 1], values[:, :, at:at + 1] = k, v
+            return keys[:, :, :at + 1], values[:, :, :at + 1], None
+        at = self.position.view(1)
+        keys.index_copy_(2, at, k)
+        values.index_copy_(2, at, v)
+        return keys, values, (self.slots <= at)[None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; the same code serves the full pass and the cached step."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, layer: int = 0, cache: KVCache | None = None,
+                dropout: float = 0.0) -> Tensor:
+        n, t, c = x.shape
+        qkv = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
+        if cache is None:
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v, mask = cache.append(layer, k, v)
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        a = self.proj(a.transpose(1, 2).reshape(n, t, c))
+        x = x + F.dropout(a, dropout, self.training)
+        h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + F.dropout(h, dropout, self.training)
+
+
+class GPT(nn.Module):
+    """The published GPT by config: learned positions, pre-norm, exact GELU, untied head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.position = nn.Parameter(torch.zeros(config.block_size, config.width))
+        self.code_embedding = nn.Embedding(config.codebook_size, config.width)
+        self.condition = nn.Linear(config.embedding_dim, config.width)
+        if config.null_embedding:
+            self.null_embedding = nn.Parameter(torch.zeros(config.embedding_dim))
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.codebook_size)
+        self.dropout = 0.0  # set by training
+
+    def initialise(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 * layers)."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.dim() > 1 or name == "null_embedding":
+                residual = name.endswith(("proj.weight", "fc2.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
+        # Unit embeddings have entries of about D^-1/2, so that N(0, 1) keeps them at scale 1.
+        nn.init.normal_(self.condition.weight, std=1.0)
+
+    def forward(self, embedding: Tensor, codes: Tensor) -> Tensor:
+        """Full pass.  embedding (N, D) unit rows; codes int (N, L), L from 0 to block_size - 1.
+
+        Returns logits (N, L + 1, codebook_size); entry i is the forecast of code i.
+        """
+        length = codes.shape[1] + 1
+        if length > self.config.block_size:
+            raise ValueError(f"{codes.shape[1]} codes given; this GPT takes at most "
+                             f"{self.config.block_size - 1} before the last one it forecasts")
+        x = torch.cat([self.condition(embedding)[:, None], self.code_embedding(codes)], dim=1)
+        x = x + self.position[:length]  # (N, T, C)
+        for block in self.blocks:
+            x = block(x, dropout=self.dropout)
+        return self.head(self.norm(x))
+
+    def step(self, x: Tensor, cache: KVCache) -> Tensor:
+        """One cached step.  x (N, C): `condition(embedding)` first, then `code_embedding(code)`.
+
+        Writes the cache at `cache.position`, which the caller advances.  Returns logits (N, K).
+        """
+        at = cache.position
+        x = (x + self.position[at])[:, None]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        return self.head(self.norm(x))[:, 0]

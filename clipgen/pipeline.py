@@ -1,0 +1,138 @@
+"""ClipGen: text to embedding to codes to images, ranked; the only file that knows all the parts."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipgen.bundle import Bundle, load_bundle
+from clipgen.sampling import Sampler
+
+SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
+DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed, as the sampler's: pixels must not depend on company
+
+
+class TextTruncated(UserWarning):
+    """A text longer than CLIP's context was cut."""
+
+
+class UnknownWords(UserWarning):
+    """A text has words that the bundle's CLIP never saw in training."""
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One image: what was made, and what makes it again."""
+
+    image: Image.Image  # RGB
+    seed: int  # generate(text, num_images=1, candidates=1, seed=seed) makes it again
+    score: float  # cosine of CLIP's text and image embeddings
+    codes: np.ndarray  # int64 (h, w)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The GPT's precision: fp32 on CPU; on CUDA bf16 from compute capability 8, fp16 below."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+class ClipGen:
+    """A loaded bundle.  Parts: `clip`, `gpt`, `vqgan`; defaults: `sampling`."""
+
+    def __init__(self, bundle: Bundle):
+        self.bundle = bundle
+        self.clip, self.gpt, self.vqgan = bundle.clip, bundle.gpt, bundle.vqgan
+        self.sampling = bundle.sampling
+        self.sampler = Sampler(self.gpt)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device | None = None,
+             dtype: torch.dtype | None = None) -> ClipGen:
+        """Load a bundle.  device None: CUDA if there is one, else CPU; dtype is that of the GPT.
+
+        BundleError (a ValueError) says which file is wrong and what to do.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(load_bundle(directory, device, dtype or default_dtype(device)))
+
+    def generate(self, text: str, num_images: int = 4, candidates: int = 16,
+                 seed: int | None = None, temperature: float | None = None,
+                 top_k: int | None = None, top_p: float | None = None,
+                 guidance: float | None = None) -> list[GeneratedImage]:
+        """The `num_images` best of `candidates` images of a text, best first.
+
+        candidates below num_images is raised to it.  Candidate i has seed (seed + i) mod 2**31;
+        seed None draws one.  Sampling settings of None are the bundle's own.  ValueError: a value
+        out of range.  Warns with TextTruncated and UnknownWords.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text must say something, got {text!r}")
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        if candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {candidates}")
+        if seed is None:
+            seed = random.SystemRandom().randrange(SEEDS)
+        elif not 0 <= seed < SEEDS:
+            raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")
+        self._warn(text)
+        candidates = max(candidates, num_images)
+        seeds = [(seed + i) % SEEDS for i in range(candidates)]
+        embedding = self.clip.embed_texts([text])  # (1, D)
+        codes = self.sample(embedding.expand(candidates, -1), seeds, temperature, top_k, top_p,
+                            guidance)
+        pixels = self.decode(codes)  # (N, 3, S, S)
+        scores = (self.clip.embed_pixels(pixels) @ embedding[0]).tolist()
+        best = sorted(range(candidates), key=lambda i: -scores[i])[:num_images]
+        return [GeneratedImage(to_image(pixels[i]), seeds[i], scores[i], codes[i].cpu().numpy())
+                for i in best]
+
+    def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float | None = None,
+               top_k: int | None = None, top_p: float | None = None,
+               guidance: float | None = None) -> Tensor:
+        """Embeddings (N, D), unit rows of texts or of images, and N seeds -> codes (N, h, w)."""
+        own = self.sampling
+        codes = self.sampler.sample(
+            embeddings, seeds,
+            own.temperature if temperature is None else temperature,
+            own.top_k if top_k is None else top_k,
+            own.top_p if top_p is None else top_p,
+            own.guidance if guidance is None else guidance)
+        return codes.view(-1, *self.vqgan.code_grid)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (N, h, w) to pixels float32 (N, 3, S, S) in [0, 1], in blocks of one fixed size."""
+        device = self.vqgan.quantizer.embedding.weight.device
+        rows = DECODE_ROWS["cuda" if device.type == "cuda" else "cpu"]
+        blocks = []
+        for block in codes.to(device).split(rows):
+            padded = torch.cat([block, block[-1:].expand(rows - len(block), -1, -1)])
+            blocks.append(self.vqgan.decode(padded)[:len(block)])  # under no_grad
+        pixels = torch.cat(blocks)
+        if not pixels.isfinite().all():
+            raise FloatingPointError("the VQGAN decoded to pixels that are not finite: its "
+                                     "weights are damaged, make the bundle again")
+        return pixels
+
+    def _warn(self, text: str) -> None:
+        if self.clip.truncated(text):
+            warnings.warn(f"the text is longer than CLIP's {self.clip.context_length} tokens; its "
+                          "end was cut off", TextTruncated, stacklevel=3)
+        if unknown := self.clip.unknown_words(text):
+            warnings.warn(f"this model never saw {', '.join(map(repr, unknown))} in training and "
+                          "will guess", UnknownWords, stacklevel=3)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels float (3, H, W) in [0, 1] to an RGB image."""
+    array = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)

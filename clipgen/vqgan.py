@@ -1,0 +1,223 @@
+"""The VQGAN: pixels to codes (encoder, quantiser) and back (decoder).
+
+Modules and parameter names follow the published file, so converting it renames nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Sizes of a VQGAN; every entry of `channels` after the first halves the resolution."""
+
+    image_size: int
+    channels: tuple[int, ...]
+    attention_sizes: tuple[int, ...]  # resolutions (pixels a side) that get self-attention
+    blocks_per_level: int  # the decoder has one more
+    code_dim: int
+    codebook_size: int
+    l2_normalised: bool  # compare unit vectors (ViT-VQGAN, arXiv 2110.04627)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "attention_sizes", tuple(self.attention_sizes))
+        for name in ("image_size", "blocks_per_level", "code_dim", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VQGAN {name} must be at least 1, got {getattr(self, name)}")
+        if not self.channels or any(c < 32 or c % 32 for c in self.channels):
+            raise ValueError(f"VQGAN channels must be multiples of 32, got {list(self.channels)}")
+        if self.image_size % self.factor:
+            raise ValueError(f"image size {self.image_size} is not a multiple of {self.factor}, "
+                             f"the reduction of {len(self.channels)} levels")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one code."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.image_size // self.factor
+
+    @classmethod
+    def published(cls) -> VQGANConfig:
+        """The shape of the published COCO checkpoint: f16, 16,384 codes of 256 dimensions."""
+        return cls(image_size=256, channels=(128, 128, 256, 256, 512), attention_sizes=(16,),
+                   blocks_per_level=2, code_dim=256, codebook_size=16384, l2_normalised=False)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.block = nn.Sequential(
+            group_norm(channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1),
+            group_norm(channels_out), nn.SiLU(), nn.Dropout(0.0),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        same = channels_in == channels_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.block(x)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all places."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.attn = nn.MultiheadAttention(channels, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (N, h*w, C)
+        h = self.attn(h, h, h, need_weights=False)[0]
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published asymmetric pad: right and bottom
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(ResBlock(channels, channels), Attention(channels),
+                         ResBlock(channels, channels))
+
+
+class Encoder(nn.Module):
+    """Pixels in [-1, 1] (N, 3, H, W) to features (N, code_dim, h, w)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        levels, size, channels = config.channels, config.image_size, config.channels[0]
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        down: list[nn.Module] = []
+        for level, width in enumerate(levels):
+            for _ in range(config.blocks_per_level):
+                down.append(ResBlock(channels, width))
+                channels = width
+                if size in config.attention_sizes:
+                    down.append(Attention(channels))
+            if level < len(levels) - 1:
+                down.append(Downsample(channels))
+                size //= 2
+        self.down = nn.Sequential(*down)
+        self.mid = middle(channels)
+        self.final = nn.Sequential(group_norm(channels), nn.SiLU(),
+                                   nn.Conv2d(channels, config.code_dim, 3, padding=1),
+                                   nn.Conv2d(config.code_dim, config.code_dim, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.final(self.mid(self.down(self.conv_in(pixels))))
+
+
+class Decoder(nn.Module):
+    """Code vectors (N, code_dim, h, w) to pixels around [-1, 1] (N, 3, H, W)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        levels, size, channels = config.channels[::-1], config.grid, config.channels[-1]
+        self.quant_conv_in = nn.Conv2d(config.code_dim, config.code_dim, 1)
+        self.conv_in = nn.Conv2d(config.code_dim, channels, 3, padding=1)
+        self.mid = middle(channels)
+        up: list[nn.Module] = []
+        for level, width in enumerate(levels):
+            for _ in range(config.blocks_per_level + 1):
+                up.append(ResBlock(channels, width))
+                channels = width
+                if size in config.attention_sizes:
+                    up.append(Attention(channels))
+            if level < len(levels) - 1:
+                up.append(Upsample(channels))
+                size *= 2
+        self.up = nn.Sequential(*up)
+        self.final = nn.Sequential(group_norm(channels), nn.SiLU(),
+                                   nn.Conv2d(channels, 3, 3, padding=1))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.final(self.up(self.mid(self.conv_in(self.quant_conv_in(vectors)))))
+
+
+class Quantizer(nn.Module):
+    """The codebook: features to the nearest code and back."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.l2_normalised = config.l2_normalised
+        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+
+    def codebook(self) -> Tensor:
+        """Code vectors (K, D), of unit length where the config says so."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=1) if self.l2_normalised else weight
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """Features (N, D, h, w) as the codebook compares them."""
+        return F.normalize(features, dim=1) if self.l2_normalised else features
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Codes int64 (N, h, w) of the code vectors nearest to features (N, D, h, w)."""
+        z = self.normalise(features).permute(0, 2, 3, 1)  # (N, h, w, D)
+        book = self.codebook()
+        distance = book.square().sum(1) - 2 * z @ book.T  # without |z|², equal for all codes
+        return distance.argmin(-1)
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """Code vectors (N, D, h, w) of codes (N, h, w)."""
+        return F.embedding(codes, self.codebook()).permute(0, 3, 1, 2).contiguous()
+
+
+class VQGAN(nn.Module):
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantizer = Quantizer(config)
+
+    @property
+    def code_grid(self) -> tuple[int, int]:
+        """(h, w) of an image's codes."""
+        return self.config.grid, self.config.grid
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels float (N, 3, S, S) in [0, 1], S = config.image_size, to codes int64 (N, h, w)."""
+        size = self.config.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"this VQGAN encodes pixels of shape (N, 3, {size}, {size}), "
+                             f"got {tuple(pixels.shape)}")
+        return self.quantizer.nearest(self.encoder(pixels * 2 - 1))
+
+    def decode_raw(self, codes: Tensor) -> Tensor:
+        """The decoder's own output for codes (N, h, w): (N, 3, S, S) around [-1, 1], unclamped."""
+        return self.decoder(self.quantizer.vectors(codes))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int (N, h, w) to pixels float (N, 3, S, S) in [0, 1]."""
+        return (self.decode_raw(codes) * 0.5 + 0.5).clamp(0, 1)

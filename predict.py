@@ -1,0 +1,142 @@
+"""The model as Cog serves it: a text in, image files out.
+
+Cog's build parses this file without running it. Types, ranges and defaults are therefore plain
+literals, each description is one string on one line, optional inputs are spelled `Optional[...]`,
+and `predict` has no decorator; `python -m scripts.cog_schema` refuses what Cog would not read.
+"""
+# ruff: noqa: UP045
+
+import inspect
+import reprlib
+import secrets
+import shutil
+import tempfile
+import time
+import warnings
+from typing import Any, Optional, get_args
+
+import torch
+from cog import BasePredictor, Input, Path
+
+from clipgen import ClipGen, GeneratedImage
+
+
+class Predictor(BasePredictor):
+    def setup(self, weights: Optional[Path] = None) -> None:
+        """Load `weights` (Cog passes COG_WEIGHTS), else weights/coco if it exists, else emoji."""
+        coco, emoji = Path("weights/coco"), Path("weights/emoji")
+        bundle = weights or (coco if coco.is_dir() else emoji)
+        print(f"Serving the bundle {bundle}")
+        self.model = ClipGen.load(str(bundle))
+        self.outputs = tempfile.TemporaryDirectory(prefix="clipgen-")
+
+    def predict(
+        self,
+        text: str = Input(
+            description="What the images should show.", min_length=1, max_length=1000
+        ),
+        num_outputs: int = Input(
+            description="How many images to return, best first.", ge=1, le=8, default=4
+        ),
+        candidates: int = Input(
+            description="How many images to draw; the best ones are returned. More is slower.",
+            ge=1, le=64, default=16
+        ),
+        seed: Optional[int] = Input(
+            description="The same seed gives the same images. Omitted: a random one.",
+            ge=0, le=2147483647, default=None
+        ),
+        temperature: Optional[float] = Input(
+            description="Higher is more varied, 0 the single likeliest. Omitted: the model's own.",
+            ge=0, le=4, default=None
+        ),
+        top_k: Optional[int] = Input(
+            description="Draw from the k likeliest codes, 0 is all. Omitted: the model's own.",
+            ge=0, le=16384, default=None
+        ),
+        top_p: Optional[float] = Input(
+            description="Draw from the likeliest codes of this total. Omitted: the model's own.",
+            ge=0, le=1, default=None
+        ),
+        guidance: Optional[float] = Input(
+            description="How strongly the text steers, 1 is least. Omitted: the model's own.",
+            ge=1, le=20, default=None
+        ),
+        output_format: str = Input(
+            description="File format of the images.", choices=["webp", "jpg", "png"], default="webp"
+        ),
+        output_quality: int = Input(
+            description="Quality of webp and jpg, 100 is best. No effect on png.",
+            ge=0, le=100, default=80
+        ),
+    ) -> list[Path]:
+        """Image files, best first. A bad value or too little memory raises one clear sentence."""
+        given = {name: checked(name, value) for name, value in locals().items() if name in INPUTS}
+        for previous in Path(self.outputs.name).iterdir():  # Cog never deletes them
+            shutil.rmtree(previous)
+        folder = Path(tempfile.mkdtemp(dir=self.outputs.name))
+
+        if given["candidates"] < given["num_outputs"]:
+            given["candidates"] = given["num_outputs"]
+            print(f"candidates raised to {given['candidates']}, one for each output")
+        if given["seed"] is None:
+            given["seed"] = secrets.randbelow(2**31)
+        print(f"Using seed: {given['seed']}")
+
+        suffix, quality = given.pop("output_format"), given.pop("output_quality")
+        start = time.perf_counter()
+        images = self.generate(num_images=given.pop("num_outputs"), **given)
+        seconds = time.perf_counter() - start
+
+        paths = []
+        for index, image in enumerate(images):
+            print(f"output {index}: seed {image.seed}, score {image.score:.2f}")
+            paths.append(folder / f"output_{index}_seed_{image.seed}.{suffix}")
+            image.image.save(paths[-1], quality=quality)
+        codes = given["candidates"] * images[0].codes.size
+        self.record_metric("seeds", [image.seed for image in images])
+        self.record_metric("scores", [round(float(image.score), 4) for image in images])
+        self.record_metric("candidates", given["candidates"])
+        self.record_metric("codes_per_second", round(codes / seconds, 1))
+        return paths
+
+    def generate(self, **inputs: Any) -> list[GeneratedImage]:
+        """`ClipGen.generate` with its warnings in the log and one sentence when memory runs out."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                return self.model.generate(**inputs)
+            except (torch.OutOfMemoryError, MemoryError):
+                pass  # raised below: within this block the error would keep its tensors alive
+            finally:
+                for warning in caught:
+                    print(f"Warning: {warning.message}")
+        torch.cuda.empty_cache()
+        candidates = inputs["candidates"]
+        raise RuntimeError(f"Out of memory with candidates {candidates}: try a lower number.")
+
+
+INPUTS = dict(list(inspect.signature(Predictor.predict).parameters.items())[1:])  # without self
+
+
+def checked(name: str, value: Any) -> Any:
+    """`value` in the type of the input `name`, or a ValueError of one sentence.
+
+    Cog checks only where its schema file is in place, and even then lets 2.0 pass for an int.
+    """
+    field = INPUTS[name].default
+    kind, *optional = get_args(INPUTS[name].annotation) or [INPUTS[name].annotation]
+    if value is None and optional:
+        return None
+    if field.choices:
+        fits, wanted = value in field.choices, f"one of {', '.join(field.choices)}"
+    elif kind is str:
+        fits = isinstance(value, str) and value.strip() and len(value) <= field.max_length
+        wanted = f"{field.min_length} to {field.max_length} characters and not blank"
+    else:
+        fits = type(value) in (int, float) and field.ge <= value <= field.le
+        fits = fits and kind(value) == value
+        wanted = f"a {'whole ' * (kind is int)}number from {field.ge} to {field.le}"
+    if not fits:
+        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(value)}.")
+    return kind(value)

@@ -1,0 +1,171 @@
+"""The arrows of the design: who imports whom, and what `import clipgen` leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CLIPGEN = sorted((ROOT / "clipgen").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SOURCES = [*CLIPGEN, *SCRIPTS, ROOT / "predict.py"]
+
+# Arrows within clipgen/. `bundle` makes the modules of the parts, so it knows the parts.
+ARROWS = {
+    "__init__": {"pipeline"},
+    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle"},
+    "bundle": {"clip", "gpt", "vqgan"},
+    "sampling": {"gpt"},
+    "clip": set(),
+    "gpt": set(),
+    "vqgan": set(),
+}
+# What each file may import beside torch, numpy and the standard library.
+PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "pipeline": {"PIL"}}
+
+
+def imports(path: Path) -> set[str]:
+    """The full names of everything a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports(path)}
+
+
+def calls(path: Path) -> list[ast.Call]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def test_clipgen_has_the_files_of_the_design():
+    assert {path.stem for path in CLIPGEN} == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", CLIPGEN, ids=by_name)
+def test_arrows_go_one_way(path):
+    names = [name.split(".") for name in imports(path) if name.startswith("clipgen")]
+    assert {name[1] for name in names} <= ARROWS[path.stem]
+
+
+@pytest.mark.parametrize("path", CLIPGEN, ids=by_name)
+def test_clipgen_imports_neither_its_users_nor_another_package(path):
+    allowed = sys.stdlib_module_names | {"clipgen", "torch", "numpy"}
+    assert roots(path) <= allowed | PACKAGES.get(path.stem, set())  # relative imports fail too
+
+
+def test_predict_uses_the_public_names_alone():
+    names = {name for name in imports(ROOT / "predict.py") if name.startswith("clipgen")}
+    assert names <= {"clipgen.ClipGen", "clipgen.TextTruncated", "clipgen.UnknownWords"}
+    assert not roots(ROOT / "predict.py") & {"scripts", "tests"}
+
+
+def test_cog_is_imported_by_predict_alone():
+    assert [path.name for path in SOURCES if "cog" in roots(path)] == ["predict.py"]
+
+
+@pytest.mark.parametrize("path", CLIPGEN, ids=by_name)
+def test_clipgen_prints_nothing(path):
+    names = [call.func.id for call in calls(path) if isinstance(call.func, ast.Name)]
+    assert "print" not in names
+    assert not {"sys.stdout", "sys.stderr"} & imports(path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=by_name)
+def test_state_is_loaded_strictly_and_safely(path):
+    for call in calls(path):
+        keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        where = f"{path.name}:{call.lineno}"
+        if ast.unparse(call.func) != "zip":
+            assert keywords.get("strict") != "False", where
+        if ast.unparse(call.func) == "torch.load":
+            assert keywords.get("weights_only") == "True", where
+
+
+def test_nothing_disables_separate_weights():
+    """Cog puts the weights into their own image layer unless Python files look like weights."""
+    assert not list(ROOT.glob("weights*.py")) and not list((ROOT / "weights").rglob("*.py"))
+
+
+# `import clipgen` in a process where every import it needs is done already, so that all it does
+# is its own: Python tells a hook of each file opened, socket made and process started.
+PROBE = """
+import gc, logging, os, random, signal, sys, threading, warnings
+import numpy, torch, PIL.Image, safetensors.torch
+
+torch.set_num_threads(3)  # so that another number shows on any machine
+
+def state():
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "reduced precision": (torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+                              torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark,
+                  torch.backends.cudnn.deterministic),
+        "attention": (torch.backends.cuda.flash_sdp_enabled(),
+                      torch.backends.cuda.mem_efficient_sdp_enabled(),
+                      torch.backends.cuda.math_sdp_enabled()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random numbers": (torch.get_rng_state().tolist(), str(numpy.random.get_state()),
+                           random.getstate()),
+        "print options": (str(torch._tensor_str.PRINT_OPTS), numpy.get_printoptions()),
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "sys.path": list(sys.path),
+        "warnings": list(warnings.filters),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "python threads": threading.active_count(),
+        "garbage collector": (gc.isenabled(), gc.get_threshold()),
+        "image limit": PIL.Image.MAX_IMAGE_PIXELS,
+    }
+
+seen = []
+
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).endswith((".py", ".pyc")):
+        return
+    if event in ("open", "os.mkdir", "ctypes.dlopen"):
+        seen.append((event, str(arguments[0])))
+    if event.split(".")[0] in ("socket", "subprocess", "urllib", "http", "tempfile", "shutil"):
+        seen.append((event, str(arguments)))
+
+before = state()
+sys.addaudithook(hook)
+import clipgen
+after = state()
+print(seen or "nothing")
+print([name for name in before if before[name] != after[name]] or "nothing")
+print(torch.cuda.is_initialized())
+print(sorted({"open_clip", "torchvision", "timm", "huggingface_hub", "cog", "scripts"}
+             & sys.modules.keys()) or "nothing")
+"""
+
+
+def test_import_clipgen_touches_nothing():
+    process = subprocess.run([sys.executable, "-B", "-c", PROBE], cwd=ROOT, text=True,
+                             capture_output=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    opened, changed, cuda, heavy = process.stdout.splitlines()
+    assert (opened, changed, cuda, heavy) == ("nothing", "nothing", "False", "nothing")
+    assert process.stderr == ""

@@ -1,0 +1,101 @@
+"""ClipGen: seeds that make an image again, ranking, defaults, warnings."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipgen import ClipGen, TextTruncated, UnknownWords
+from clipgen.bundle import SamplingDefaults
+from tests.micro import micro_bundle
+
+TEXT = "a cat on the beach"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = micro_bundle(tmp_path_factory.mktemp("bundle") / "micro", null_embedding=True,
+                             vocabulary=[TEXT, "night, day"], sampling=SamplingDefaults(top_k=20))
+    return ClipGen.load(directory)
+
+
+def pixels(generated):
+    return np.asarray(generated.image)
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_every_image_is_made_again_from_its_seed(model, guidance):
+    images = model.generate(TEXT, num_images=9, candidates=11, seed=2**31 - 4, guidance=guidance)
+    assert sorted(i.seed for i in images) == sorted({(2**31 - 4 + k) % 2**31 for k in range(11)}
+                                                    & {i.seed for i in images})
+    assert {0, 1, 2} & {i.seed for i in images}  # wrapped at 2**31
+    for image in images:
+        again, = model.generate(TEXT, 1, 1, seed=image.seed, guidance=guidance)
+        assert np.array_equal(again.codes, image.codes)
+        assert np.array_equal(pixels(again), pixels(image))
+        assert again.score == pytest.approx(image.score, abs=1e-5)
+
+
+def test_the_best_come_first_by_clip_cosine(model):
+    images = model.generate(TEXT, num_images=12, candidates=12, seed=0)
+    scores = [i.score for i in images]
+    assert scores == sorted(scores, reverse=True) and len({i.seed for i in images}) == 12
+    assert [i.seed for i in model.generate(TEXT, num_images=3, candidates=12, seed=0)] == [
+        i.seed for i in images[:3]]
+    stacked = torch.from_numpy(np.stack([pixels(i) for i in images])).permute(0, 3, 1, 2) / 255
+    cosine = (model.clip.embed_pixels(stacked) @ model.clip.embed_texts([TEXT])[0]).tolist()
+    assert scores == pytest.approx(cosine, abs=2e-2)  # files hold 8 bits a channel
+
+
+def test_the_default_is_four_of_sixteen_and_the_bundles_settings(model):
+    images = model.generate(TEXT, seed=0)
+    assert len(images) == 4 and all(0 <= i.seed < 16 for i in images)
+    own = model.generate(TEXT, 1, 1, seed=7)[0]
+    assert np.array_equal(own.codes, model.generate(TEXT, 1, 1, seed=7, top_k=20)[0].codes)
+    assert not np.array_equal(own.codes, model.generate(TEXT, 1, 1, seed=7, top_k=1)[0].codes)
+    assert isinstance(own.image, Image.Image) and own.image.mode == "RGB"
+    assert own.image.size == (32, 32) and own.codes.shape == (4, 4)
+
+
+def test_no_seed_is_a_drawn_seed_and_zero_is_a_seed(model):
+    assert len({model.generate(TEXT, 1, 1)[0].seed for _ in range(4)}) > 1
+    assert model.generate(TEXT, 1, 1, seed=0)[0].seed == 0
+
+
+def test_few_candidates_are_raised_to_the_number_of_images(model):
+    assert len(model.generate(TEXT, num_images=5, candidates=2, seed=0)) == 5
+
+
+def test_images_can_be_sampled_from_image_embeddings(model):
+    embeddings = model.clip.embed_pixels(torch.rand(3, 3, 50, 40))
+    codes = model.sample(embeddings, [4, 5, 6])
+    assert codes.shape == (3, 4, 4)
+    assert torch.equal(codes[1:2], model.sample(embeddings[1:2], [5]))
+    assert model.gpt(embeddings, codes.flatten(1)[:, :-1]).isfinite().all()  # under autograd
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"text": "  "}, "text must say something"), ({"num_images": 0}, "num_images .* got 0"),
+    ({"candidates": 0}, "candidates .* got 0"), ({"seed": 2**31}, "seed .* got 2147483648"),
+    ({"seed": -1}, "seed .* got -1"), ({"top_p": 2}, "top_p .* got 2")])
+def test_bad_values_are_named(model, change, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(**{"text": TEXT, "num_images": 1, "candidates": 1} | change)
+
+
+def test_warnings_say_what_was_cut_and_what_was_never_seen(model):
+    with pytest.warns(UnknownWords, match="'zebra'"):
+        model.generate("a zebra on the beach", 1, 1, seed=0)
+    with pytest.warns(TextTruncated, match="32 tokens"):
+        model.generate("a cat " * 40, 1, 1, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate("a cat, on the beach.", 1, 1, seed=0)
+
+
+def test_pixels_that_are_not_finite_are_an_error(model, monkeypatch):
+    monkeypatch.setattr(model.vqgan, "decode", lambda codes: torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.generate(TEXT, 1, 1, seed=0)

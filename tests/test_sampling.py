@@ -1,0 +1,146 @@
+"""Sampling: filters against a slow reference, draws against theory, seeds that stand alone."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipgen.sampling import Sampler, draw, filter_logits, uniforms
+from tests.micro import micro_gpt
+
+PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+
+
+def kept_slowly(logits: list[float], temperature: float, top_k: int, top_p: float) -> set[int]:
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k or len(logits)]
+    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
+    before = [sum(weights[:i]) / sum(weights) for i in range(len(order))]
+    assert all(i == 0 or top_p == 1 or abs(b - top_p) > 1e-5 for i, b in enumerate(before))
+    return {c for i, c in enumerate(order) if i == 0 or top_p == 1 or before[i] <= top_p}
+
+
+@settings(deadline=None, max_examples=300)
+@given(size=st.integers(1, 60), seed=st.integers(0, 10**6),
+       temperature=st.sampled_from([0.05, 0.5, 1.0, 2.0, 4.0]),
+       top_k=st.one_of(st.integers(0, 70), st.sampled_from([0, 1])),
+       top_p=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0])))
+def test_kept_sets_equal_a_slow_reference(size, seed, temperature, top_k, top_p):
+    logits = 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    try:
+        expected = kept_slowly(logits.tolist(), temperature, top_k, top_p)
+    except AssertionError:
+        return  # top_p falls on a step of the distribution: rounding decides
+    probabilities, codes = filter_logits(logits[None], temperature, top_k, top_p)
+    assert set(codes[probabilities > 0].tolist()) <= expected  # far codes may underflow to 0
+    missing = expected - set(codes[probabilities > 0].tolist())
+    assert all((logits[c] - logits.max()) / temperature < -80 for c in missing)
+    whole = (logits / temperature).softmax(0)[codes[0]].where(probabilities[0] > 0, 0)
+    torch.testing.assert_close(probabilities[0] / probabilities.sum(), whole / whole.sum())
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p",
+                         [(1.0, 0, 1.0), (0.7, 12, 1.0), (1.5, 0, 0.8), (1.0, 20, 0.9)])
+def test_draws_follow_the_filtered_softmax(temperature, top_k, top_p):
+    count, size = 20_000, 40
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, size, generator=generator)
+    probabilities, codes = filter_logits(logits, temperature, top_k, top_p)
+    u = torch.rand(count, generator=generator)
+    drawn = draw(probabilities.expand(count, -1).contiguous(), codes.expand(count, -1), u)
+    observed = torch.bincount(drawn, minlength=size).float()[codes[0]]
+    expected = count * probabilities[0] / probabilities.sum()
+    kept = expected > 0
+    assert observed[~kept].sum() == 0
+    chi2 = ((observed - expected)[kept].square() / expected[kept]).sum().item()
+    degrees = int(kept.sum()) - 1
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)  # about 4 standard deviations
+
+
+def test_draw_never_reaches_a_removed_code():
+    probabilities = torch.tensor([[0.6, 0.3, 0.0, 0.0]])
+    codes = torch.tensor([[9, 4, 2, 7]])
+    for u in (0.0, 0.5, 0.999999, 1.0 - 2**-24, 1.0):
+        assert draw(probabilities, codes, torch.tensor([u])).item() in (9, 4)
+
+
+def test_uniforms_belong_to_the_seed():
+    many = uniforms([3, 0, 2**31 - 1], 20)
+    assert torch.equal(many[1:2], uniforms([0], 20))
+    assert not torch.equal(many[0], many[1])
+    assert (many >= 0).all() and (many < 1).all()
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    torch.manual_seed(1)
+    return micro_gpt(null_embedding=True)
+
+
+@settings(deadline=None, max_examples=10)
+@given(count=st.integers(1, 19), start=st.integers(0, 2**31 - 20), guidance=st.sampled_from([1, 3]),
+       top_k=st.sampled_from([0, 5]))
+def test_an_image_depends_on_its_own_seed_alone(gpt, count, start, guidance, top_k):
+    embeddings = F.normalize(torch.randn(count, 32), dim=1)
+    settings_ = PLAIN | {"guidance": guidance, "top_k": top_k}
+    sampler = Sampler(gpt)
+    together = sampler.sample(embeddings, range(start, start + count), **settings_)
+    for i in {0, count // 2, count - 1}:
+        alone = sampler.sample(embeddings[i:i + 1], [start + i], **settings_)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_temperature_zero_is_the_argmax_of_the_full_pass(gpt):
+    embeddings = F.normalize(torch.randn(3, 32), dim=1)
+    codes = Sampler(gpt).sample(embeddings, [0, 1, 2], **PLAIN | {"temperature": 0, "top_k": 3})
+    with torch.no_grad():
+        assert torch.equal(gpt(embeddings, codes[:, :-1]).argmax(2), codes)
+
+
+def test_guidance_extrapolates_from_the_null_embedding(gpt):
+    embeddings = F.normalize(torch.randn(2, 32), dim=1)
+    codes = Sampler(gpt).sample(embeddings, [0, 1], **PLAIN | {"temperature": 0, "guidance": 4.0})
+    with torch.no_grad():
+        null = gpt(gpt.null_embedding.expand(2, -1), codes[:, :-1])
+        logits = null + 4 * (gpt(embeddings, codes[:, :-1]) - null)
+    assert torch.equal(logits.argmax(2), codes)
+
+
+def test_a_broken_off_image_leaves_nothing_behind(gpt, monkeypatch):
+    sampler = Sampler(gpt)
+    embedding = F.normalize(torch.randn(1, 32), dim=1)
+    expected = sampler.sample(embedding, [5], **PLAIN)
+    steps = iter(range(9))
+    original = gpt.code_embedding.forward
+    monkeypatch.setattr(gpt.code_embedding, "forward", lambda c: (next(steps), original(c))[1])
+    with pytest.raises(StopIteration):
+        sampler.sample(-embedding, [6], **PLAIN)
+    monkeypatch.undo()
+    assert torch.equal(sampler.sample(embedding, [5], **PLAIN), expected)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"temperature": -1}, "temperature must be 0 or more, got -1"),
+    ({"temperature": float("nan")}, "temperature .* got nan"),
+    ({"top_k": -3}, "top_k .* got -3"),
+    ({"top_k": 2.5}, "top_k must be a whole number.* got 2.5"),
+    ({"top_p": 1.5}, "top_p must lie between 0 and 1, got 1.5"),
+    ({"guidance": -2}, "guidance .* got -2")])
+def test_settings_out_of_range_are_named(gpt, change, words):
+    with pytest.raises(ValueError, match=words):
+        Sampler(gpt).sample(torch.zeros(1, 32), [0], **PLAIN | change)
+
+
+def test_guidance_without_a_null_embedding_is_refused():
+    with pytest.raises(ValueError, match="guidance 2.0 needs a GPT .* use guidance 1"):
+        Sampler(micro_gpt()).sample(torch.zeros(1, 32), [0], **PLAIN | {"guidance": 2.0})
+
+
+def test_wrong_shapes_are_named(gpt):
+    with pytest.raises(ValueError, match=r"shape \(N, 32\), got \(1, 5\)"):
+        Sampler(gpt).sample(torch.zeros(1, 5), [0], **PLAIN)
+    with pytest.raises(ValueError, match="2 embeddings need as many seeds, got 1"):
+        Sampler(gpt).sample(torch.zeros(2, 32), [0], **PLAIN)
+    assert Sampler(gpt).sample(torch.zeros(0, 32), [], **PLAIN).shape == (0, 16)
