@@ -1,6 +1,6 @@
 """Encode images once: shards of codes (uint16) and embeddings (float16), read memory-mapped.
 
-    python -m scripts.encode_images out/scenes.tar out/shards --clip out/clip --vqgan out/vqgan
+    python -m scripts.encode_images runs/scenes.tar runs/shards --clip runs/clip --vqgan runs/vqgan
 
 Every image is stored twice, as it is and mirrored.
 """
@@ -15,18 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from torch import nn
 
-from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.images import read_images
-from scripts.train_vqgan import load_clip_run
+from scripts.train_vqgan import load_clip_run, load_vqgan_run
 
 
-def load_vqgan_run(directory: Path) -> VQGAN:
-    """The VQGAN that `train_vqgan` left in its run directory."""
-    vqgan = VQGAN(VQGANConfig(**json.loads((directory / "vqgan.json").read_text())))
-    vqgan.load_state_dict(load_file(directory / "vqgan.safetensors"))
-    return vqgan.eval()
+def fingerprint(module: nn.Module, *parts: str) -> str:
+    """sha256 of the tensors whose names start with one of `parts` (all without any)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(parts or ("",)):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -36,12 +37,13 @@ def main() -> None:
     p.add_argument("out", type=Path, help="directory of the shards")
     p.add_argument("--clip", type=Path, required=True, help="run directory of train_clip")
     p.add_argument("--vqgan", type=Path, required=True, help="run directory of train_vqgan")
+    p.add_argument("--limit", type=int, help="encode this many images, the first ones")
     a = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip, vqgan = load_clip_run(a.clip).to(device), load_vqgan_run(a.vqgan).to(device)
     images = read_images(a.images, vqgan.config.image_size)
     a.out.mkdir(parents=True, exist_ok=True)
-    count, length = len(images), vqgan.config.grid**2
+    count, length = min(len(images), a.limit or len(images)), vqgan.config.grid**2
     codes = np.lib.format.open_memmap(a.out / "codes.npy", "w+", np.uint16, (count, 2, length))
     embeddings = np.lib.format.open_memmap(a.out / "embeddings.npy", "w+", np.float16,
                                            (count, 2, clip.embedding_dim))
@@ -56,9 +58,9 @@ def main() -> None:
     codes.flush()
     embeddings.flush()
     manifest = {"images": count, "crops": 2, "codebook_size": vqgan.config.codebook_size}
-    for name, run in (("vqgan", a.vqgan), ("clip", a.clip)):
-        data = (run / f"{name}.safetensors").read_bytes()
-        manifest[f"{name}_sha256"] = hashlib.sha256(data).hexdigest()
+    # Codes depend on the encoder and the codebook; the decoder may be trained further.
+    manifest["vqgan_sha256"] = fingerprint(vqgan, "encoder.", "quantizer.")
+    manifest["clip_sha256"] = fingerprint(clip)
     (a.out / "manifest.json").write_text(json.dumps(manifest, indent=1))
     print(json.dumps(manifest))
 

@@ -35,7 +35,7 @@ install() {
     local requirements=requirements.txt python size=6 peak=12 package
     [ "$1" = serve ] || requirements=requirements-dev.txt
     if [ -n "${CLIPGEN_TORCH_INDEX:-}" ] || [ "$(uname -sm)" != "Linux x86_64" ]; then
-        size=2 peak=4 # no CUDA libraries
+        size=1 peak=3 # no CUDA libraries
     fi
 
     rm -rf "$venv"/clipgen-* "$venv/tmp"

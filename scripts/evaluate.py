@@ -1,6 +1,6 @@
 """Judge a bundle that was trained on the scenes of `scripts.scenes`.
 
-    python -m scripts.evaluate weights/emoji [--prompts 200] [--sheet out/sheet.png]
+    python -m scripts.evaluate weights/emoji [--prompts 200] [--sheet runs/sheet.png]
 
 Texts describe held-out (object, place, time) combinations; the first image of
 `generate(text, num_images=1)` is shown to the judge.  The last line of stdout is JSON.

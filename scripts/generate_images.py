@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -164,19 +165,18 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
-        args = parse_arguments(arguments)
-        with writing_to(args.out):  # fails here, not after the images are made
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
-        images = generate(args)
-        with writing_to(args.out):
-            paths = write(images, args.out, args.format)
-        for path, image in zip(paths, images, strict=True):
-            print(f"{path}  seed {image.seed}  score {image.score:.3f}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args = parse_arguments(arguments)
+    with writing_to(args.out):  # fails here, not after the images are made
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    images = generate(args)
+    with writing_to(args.out):
+        paths = write(images, args.out, args.format)
+    for path, image in zip(paths, images, strict=True):
+        print(f"{path}  seed {image.seed}  score {image.score:.3f}")
 
 
 if __name__ == "__main__":
+    # Not as an exception: one that is raised while torch is imported may be lost there.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     main()

@@ -1,6 +1,6 @@
 """Put the three trained parts together: a directory that `scripts/generate` and Cog take as it is.
 
-    python -m scripts.make_bundle weights/mine --clip out/clip --vqgan out/vqgan --gpt out/gpt
+    python -m scripts.make_bundle weights/mine --clip runs/clip --vqgan runs/vqgan --gpt runs/gpt
 
 `--trained-on` takes what config.json should say of the data; a README.md in the bundle is kept.
 """
@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from clipgen.bundle import SamplingDefaults, save_bundle
 from clipgen.gpt import GPT, GPTConfig
-from scripts.encode_images import load_vqgan_run
-from scripts.train_vqgan import load_clip_run
+from scripts.train_vqgan import load_clip_run, load_vqgan_run
 
 
 def load_gpt_run(directory: Path) -> GPT:

@@ -1,6 +1,6 @@
 """Scenes that the default bundle learns from: an emoji in a place at a time of day, drawn by seed.
 
-    python -m scripts.scenes out/scenes.tar --count 60000 [--start 0] [--size 64] [--held-out]
+    python -m scripts.scenes runs/scenes.tar --count 60000 [--start 0] [--size 64] [--held-out]
 
 writes a tar in WebDataset's layout: `000000.png`, `000000.txt` (captions, one a line; only
 `train_clip` reads them) and `000000.json` (labels; only the judge reads them).  One (object, place,

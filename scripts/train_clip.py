@@ -1,6 +1,6 @@
 """Train a small CLIP on images with captions (for bundles that bring their own).
 
-    python -m scripts.train_clip out/scenes.tar --run out/clip [--steps 4000]
+    python -m scripts.train_clip runs/scenes.tar --run runs/clip [--steps 4000]
 
 Captions are read from NAME.txt beside each image, one a line; one is drawn at every use.  The
 vocabulary keeps the tokens that occur in them, so that the bundle can say which words it never saw.

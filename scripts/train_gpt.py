@@ -1,6 +1,6 @@
 """Train a GPT on shards of codes and embeddings: no captions, no images.
 
-    python -m scripts.train_gpt out/shards --run out/gpt [--steps 12000] [--noise 0.5]
+    python -m scripts.train_gpt runs/shards --run runs/gpt [--steps 12000] [--noise 0.5]
 
 Each step perturbs the embedding, normalise(e + noise * n / |n|) with fresh Gaussian n, because a
 text embedding lies beside the image embeddings, not among them (as LAFITE, arXiv 2111.13792).  One

@@ -1,9 +1,12 @@
 """Train a VQGAN on images: no captions, no labels.
 
-    python -m scripts.train_vqgan out/scenes.tar --run out/vqgan --clip out/clip [--steps 12000]
+    python -m scripts.train_vqgan runs/scenes.tar --run runs/vqgan --clip runs/clip [--steps 12000]
 
 Loss: L1 + perceptual (features of the CLIP image tower) + quantiser + hinge GAN from `--gan-start`.
 New models have 8-dimensional l2-normalised codes (ViT-VQGAN, arXiv 2110.04627).
+
+`--decoder-of runs/vqgan` goes on with the decoder alone: codes, and shards made of them, stay valid,
+so that this can run beside `train_gpt`.
 """
 
 from __future__ import annotations
@@ -62,6 +65,13 @@ def load_clip_run(directory: Path) -> CLIP:
     clip = CLIP(CLIPConfig(model=config["model"], vocabulary=tuple(config["vocabulary"])))
     clip.load_state_dict(load_file(directory / "clip.safetensors"))
     return clip.eval()
+
+
+def load_vqgan_run(directory: Path) -> VQGAN:
+    """The VQGAN that `train_vqgan` left in its run directory."""
+    vqgan = VQGAN(VQGANConfig(**json.loads((directory / "vqgan.json").read_text())))
+    vqgan.load_state_dict(load_file(directory / "vqgan.safetensors"))
+    return vqgan.eval()
 
 
 def quantise(vqgan: VQGAN, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,23 +134,32 @@ def main() -> None:
     p.add_argument("--perceptual", type=float, default=0.1, help="weight")
     p.add_argument("--gan", type=float, default=0.02, help="weight")
     p.add_argument("--gan-start", type=int, default=6000, help="first step with the discriminator")
+    p.add_argument("--decoder-of", type=Path, help="a finished run: train its decoder alone")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     torch.manual_seed(a.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = read_images(a.images, a.size)
-    held = read_images(a.validation, a.size) if a.validation else images
-    config = VQGANConfig(image_size=a.size, channels=tuple(int(c) for c in a.channels.split(",")),
-                         attention_sizes=(), blocks_per_level=1, code_dim=8,
-                         codebook_size=a.codebook_size, l2_normalised=True)
-    vqgan = VQGAN(config).to(device)  # not channels_last: there GroupNorm is slow on a CPU
+    if a.decoder_of:
+        vqgan = load_vqgan_run(a.decoder_of)
+        vqgan.encoder.requires_grad_(False)
+        vqgan.quantizer.requires_grad_(False)
+    else:
+        vqgan = VQGAN(VQGANConfig(
+            image_size=a.size, channels=tuple(int(c) for c in a.channels.split(",")),
+            attention_sizes=(), blocks_per_level=1, code_dim=8, codebook_size=a.codebook_size,
+            l2_normalised=True))
+    config = vqgan.config
+    images = read_images(a.images, config.image_size)
+    held = read_images(a.validation, config.image_size) if a.validation else images
+    vqgan.train().to(device)  # not channels_last: there GroupNorm is slow on a CPU
     judge = Discriminator().to(device)
     perceptual = PerceptualLoss(load_clip_run(a.clip)).to(device) if a.clip else None
     optimizer, judge_optimizer = adamw(vqgan, a.lr, 1e-4), adamw(judge, a.lr, 1e-4)
     average = Average(vqgan, 0.999)
     used = torch.zeros(config.codebook_size, device=device)
     settings = {"script": "train_vqgan", "batch": a.batch, "steps": a.steps, "lr": a.lr,
-                "channels": a.channels, "codebook_size": a.codebook_size, "size": a.size}
+                "channels": list(config.channels), "codebook_size": config.codebook_size,
+                "size": config.image_size, "decoder_of": str(a.decoder_of)}
     run = Run(a.run, settings)
     first, sums = 0, {}
     if state := run.resume():
@@ -186,7 +205,7 @@ def main() -> None:
         used += torch.bincount(codes.flatten(), minlength=len(used))
         done = step + 1
         if done % 100 == 0:
-            if done < 0.6 * a.steps:
+            if done < 0.6 * a.steps and not a.decoder_of:
                 losses["restarted"] = restart_dead_codes(vqgan, used, features)
             used.zero_()
         for name, value in losses.items():

@@ -75,7 +75,7 @@ class Project:
     def run(self, kind: str = "serve", **environment: str) -> tuple[int, str]:
         """Exit status and stderr."""
         process = self.start(kind, **environment)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=600)
         assert output == ("ready\n" if process.returncode == 0 else "")
         return process.returncode, errors
 
@@ -175,7 +175,7 @@ def test_a_venv_made_by_hand_is_kept_and_completed(finished):
 def test_a_killed_install_is_finished_by_the_next_run(project):
     with index_that_hangs() as (url, asked):
         process = project.start(PIP_NO_INDEX="0", PIP_INDEX_URL=url, PIP_FIND_LINKS="")
-        assert asked.wait(120)  # pip waits for its download
+        assert asked.wait(600)  # pip waits for its download
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert (project.folder / ".venv").is_dir() and not project.is_stamped()
@@ -187,9 +187,9 @@ def test_a_killed_install_is_finished_by_the_next_run(project):
 def test_ctrl_c_ends_the_install_quietly(project):
     with index_that_hangs() as (url, asked):
         process = project.start(PIP_NO_INDEX="0", PIP_INDEX_URL=url, PIP_FIND_LINKS="")
-        assert asked.wait(120)
+        assert asked.wait(600)
         os.killpg(process.pid, signal.SIGINT)
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=600)[1]
     assert process.returncode == 130
     assert len(errors.splitlines()) == 1 and "installing" in errors
     assert not project.is_stamped()
@@ -198,7 +198,7 @@ def test_ctrl_c_ends_the_install_quietly(project):
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
 def test_of_two_runs_at_once_one_installs(project):
     processes = [project.start(), project.start()]
-    errors = "".join(process.communicate(timeout=120)[1] for process in processes)
+    errors = "".join(process.communicate(timeout=600)[1] for process in processes)
     assert [process.returncode for process in processes] == [0, 0], errors
     assert errors.count("installing") == 1 and project.installed("tiny") == "1.0"
 
@@ -216,7 +216,7 @@ def test_the_torch_index_serves_torch_and_torchvision_only(project):
 
     status, errors = project.run(CLIPGEN_TORCH_INDEX=index.as_uri(), **environment)
     assert status == 0, errors
-    assert "about 2 GB" in errors
+    assert "about 1 GB" in errors
     assert project.installed("torch") == "2.7.0+cpu"
     assert project.installed("torchvision") == "0.22.0+cpu"
     assert project.installed("tiny") == "1.0"
@@ -287,7 +287,7 @@ def index_that_hangs() -> Iterator[tuple[str, threading.Event]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.set()
-            over.wait(120)
+            over.wait(600)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -15,9 +15,11 @@ from PIL import Image
 
 from clipgen import ClipGen
 from scripts import scenes
+from scripts.encode_images import fingerprint
 from scripts.images import decode_image, read_images
 from scripts.judge import QUESTIONS, WEIGHTS, load_judge
 from scripts.train_gpt import perturb
+from scripts.train_vqgan import load_vqgan_run
 from tests.sprites import drawn_sprites
 
 
@@ -51,6 +53,12 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     assert (vqgan / "grid.png").is_file()
     manifest = run("encode_images", folder, shards, "--clip", clip, "--vqgan", vqgan)
     assert manifest["images"] == 64 and manifest["codebook_size"] == 32
+    # The decoder can be trained further without spoiling the shards.
+    decoder = tmp_path / "decoder"
+    run("train_vqgan", folder, "--run", decoder, "--decoder-of", vqgan, "--steps", 2, "--batch", 4)
+    before, after = load_vqgan_run(vqgan), load_vqgan_run(decoder)
+    assert fingerprint(after, "encoder.", "quantizer.") == manifest["vqgan_sha256"]
+    assert fingerprint(after, "decoder.") != fingerprint(before, "decoder.")
     size = ("--layers", 1, "--width", 32, "--heads", 2, "--batch", 8)
     result = run("train_gpt", shards, "--validation", shards, "--run", gpt, "--steps", 4, *size)
     assert 0 < result["token_ce"] < 2 * np.log(32)
@@ -58,7 +66,7 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     error = run("train_gpt", shards, "--run", gpt, "--steps", 9, *size, fails=True)
     assert "other settings (steps)" in error
     bundle = tmp_path / "bundle"
-    run("make_bundle", bundle, "--clip", clip, "--vqgan", vqgan, "--gpt", gpt, "--guidance", 2)
+    run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", gpt, "--guidance", 2)
     model = ClipGen.load(bundle)
     text = read_images(folder, 32).captions[0][0]
     images = model.generate(text, num_images=2, candidates=3, seed=0)
