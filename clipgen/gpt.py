@@ -139,7 +139,10 @@ class GPT(nn.Module):
         Writes the cache at `cache.position`, which the caller advances.  Returns logits (N, K).
         """
         at = cache.position
-        x = (x + self.position[at])[:, None]
+        # Indexing with a tensor would copy it to the CPU, which a CUDA graph cannot capture.
+        position = (self.position[at] if isinstance(at, int)
+                    else self.position.index_select(0, at.view(1)))
+        x = (x + position)[:, None]
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
         return self.head(self.norm(x))[:, 0]

@@ -53,6 +53,7 @@ class ClipGen:
         self.clip, self.gpt, self.vqgan = bundle.clip, bundle.gpt, bundle.vqgan
         self.sampling = bundle.sampling
         self.sampler = Sampler(self.gpt)
+        self.sampler.prepare(self.sampling.guidance)  # now, not at the first request
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device | None = None,

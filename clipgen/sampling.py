@@ -69,6 +69,11 @@ class Sampler:
         self.rows = ROWS["cuda" if gpt.position.is_cuda else "cpu"]
         self.steps: dict[int, Step] = {}  # by rows of the transformer: guidance doubles them
 
+    def prepare(self, guidance: float) -> None:
+        """Allocate, and on CUDA capture, what `sample` needs with this guidance."""
+        with torch.inference_mode():
+            self._step(self.rows if guidance == 1 else 2 * self.rows)
+
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
                top_p: float, guidance: float) -> Tensor:
         """embeddings (N, D) unit rows, seeds: N ints -> codes int64 (N, block_size) on the CPU.

@@ -1,12 +1,12 @@
 """Train a VQGAN on images: no captions, no labels.
 
-    python -m scripts.train_vqgan runs/scenes.tar --run runs/vqgan --clip runs/clip [--steps 12000]
+    python -m scripts.train_vqgan runs/scenes.tar --run runs/vqgan --clip runs/clip
 
 Loss: L1 + perceptual (features of the CLIP image tower) + quantiser + hinge GAN from `--gan-start`.
 New models have 8-dimensional l2-normalised codes (ViT-VQGAN, arXiv 2110.04627).
 
-`--decoder-of runs/vqgan` goes on with the decoder alone: codes, and shards made of them, stay valid,
-so that this can run beside `train_gpt`.
+`--decoder-of runs/vqgan` goes on with the decoder alone: codes, and shards made of them, stay
+valid, so that this can run beside `train_gpt`.
 """
 
 from __future__ import annotations

@@ -173,8 +173,9 @@ def test_greedy_sequences(model: ClipGen, text_embedding: Tensor, golden: dict,
     ours = model.sample(text_embedding[:2], [0, 1], top_k=1).reshape(2, 256).cpu()
     seconds, worked = time.monotonic() - started, time.process_time() - worked
     with capsys.disabled():
-        print(f"\n  two greedy rows of 256 codes: {seconds:.0f} s, {worked:.0f} s of processor time "
-              f"on {torch.get_num_threads()} threads (public implementation: 362 s on two cores)")
+        print(f"\n  two greedy rows of 256 codes: {seconds:.0f} s on {torch.get_num_threads()} "
+              f"thread(s), {worked:.0f} s of processor time "
+              "(public implementation: 362 s on two cores)")
     theirs = integers(golden["greedy_tokens"])
     margin = margins(model.gpt(text_embedding[:2], theirs[:, :-1]))
     for row in range(2):
