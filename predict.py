@@ -106,14 +106,17 @@ class Predictor(BasePredictor):
             warnings.simplefilter("always")
             try:
                 return self.model.generate(**inputs)
-            except (torch.OutOfMemoryError, MemoryError):
-                pass  # raised below: within this block the error would keep its tensors alive
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if type(error) is RuntimeError and "memory" not in str(error):  # CPU, CUDA capture
+                    raise
+                # Raised below: within this block the error would keep its tensors alive.
             finally:
                 for warning in caught:
                     print(f"Warning: {warning.message}")
         torch.cuda.empty_cache()
         candidates = inputs["candidates"]
-        raise RuntimeError(f"Out of memory with candidates {candidates}: try a lower number.")
+        raise RuntimeError(f"Out of memory with candidates {candidates}: try a lower number, or "
+                           "guidance 1, which halves the work.")
 
 
 INPUTS = dict(list(inspect.signature(Predictor.predict).parameters.items())[1:])  # without self

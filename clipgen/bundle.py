@@ -7,8 +7,8 @@
     gpt.safetensors
     README.md           the model card: optional, free to edit
 
-An unexpected weights file (.safetensors, .pt, .pth, .ckpt, .bin) in the directory is an error,
-since somebody meant it to count; other files, hidden ones and folders are ignored.
+Any other file in the directory is an error, since somebody may mean it to count; hidden files and
+folders are ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
 
 FORMAT_VERSION = 1
-WEIGHT_SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
 FILES = {part: f"{part}.safetensors" for part in ("clip", "vqgan", "gpt")}
 AGAIN = "copy or download the bundle again, or make it anew"
 
@@ -43,7 +42,7 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What `generate` does where it is not told: see DESIGN's filters in `clipgen.sampling`.
+    """What `generate` does where it is not told; `clipgen.sampling` applies it.
 
     temperature >= 0 (0: argmax), top_k >= 0 (0: all codes), top_p from 0 to 1 (1: all codes),
     guidance >= 0 (1: none).
@@ -59,6 +58,8 @@ class SamplingDefaults:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"sampling {name} must be at least 0, got {value}")
+        if not isinstance(self.top_k, int):
+            raise ValueError(f"sampling top_k must be a whole number, got {self.top_k}")
         if self.top_p > 1:
             raise ValueError(f"sampling top_p must be at most 1, got {self.top_p}")
 
@@ -98,7 +99,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu",
     config = _read_config(directory)
     _check_agreement(directory / "config.json", config.clip, config.vqgan, config.gpt,
                      config.sampling)
-    refuse_other_weights(directory)
+    refuse_other_files(directory)
     for file in FILES.values():  # cheap: all of them before the first one is hashed
         _check_size(directory, config, file)
     return Bundle(_load_clip(directory, config, device), _load_vqgan(directory, config, device),
@@ -133,7 +134,7 @@ def save_bundle(directory: str | Path, *, clip: CLIP, vqgan: VQGAN, gpt: GPT,
               "sampling": asdict(sampling), "trained_on": trained_on, "files": {}}
     json.dumps(config, allow_nan=False)  # anything that is not JSON fails here, nothing written
     directory.mkdir(parents=True, exist_ok=True)
-    refuse_other_weights(directory)
+    refuse_other_files(directory)
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp"
                  for name in (*FILES.values(), "config.json")}
     try:
@@ -262,11 +263,11 @@ def _check_agreement(path: Path, clip: CLIPConfig, vqgan: VQGANConfig, gpt: GPTC
 # Weights
 
 
-def refuse_other_weights(directory: Path) -> None:
-    """BundleError if the directory holds a weights file that is no part of a bundle."""
+def refuse_other_files(directory: Path) -> None:
+    """BundleError if the directory holds a file that is no part of a bundle."""
+    known = {*FILES.values(), "config.json", "README.md"}
     for path in sorted(directory.iterdir()):
-        if (path.suffix in WEIGHT_SUFFIXES and path.name not in FILES.values()
-                and not path.name.startswith(".")):
+        if path.is_file() and path.name not in known and not path.name.startswith("."):
             raise BundleError(f"{path} is no part of a bundle: move it out of the directory")
 
 

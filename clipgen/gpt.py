@@ -49,6 +49,11 @@ class KVCache:
         self.slots = torch.arange(config.block_size, device=device)
         self.position: int | Tensor = 0
 
+    def reset(self) -> None:
+        """Forget everything: under a mask 0 · NaN is NaN, so what is hidden must be finite."""
+        self.keys.zero_()
+        self.values.zero_()
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k, v (N, H, 1, d) at `position`; return keys, values (N, H, T, d), mask or None."""
         keys, values = self.keys[layer], self.values[layer]
@@ -119,7 +124,8 @@ class GPT(nn.Module):
         nn.init.normal_(self.condition.weight, std=1.0)
 
     def forward(self, embedding: Tensor, codes: Tensor) -> Tensor:
-        """Full pass.  embedding (N, D) unit rows; codes int (N, L), L from 0 to block_size - 1.
+        """Full pass.  embedding (N, D) unit rows; codes int (N, L), L from 0 to block_size - 1;
+        both are moved to the GPT's device, the embedding to its dtype.
 
         Returns logits (N, L + 1, codebook_size); entry i is the forecast of code i.
         """
@@ -127,6 +133,7 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise ValueError(f"{codes.shape[1]} codes given; this GPT takes at most "
                              f"{self.config.block_size - 1} before the last one it forecasts")
+        embedding, codes = embedding.to(self.position), codes.to(self.position.device)
         x = torch.cat([self.condition(embedding)[:, None], self.code_embedding(codes)], dim=1)
         x = x + self.position[:length]  # (N, T, C)
         for block in self.blocks:

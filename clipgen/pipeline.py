@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.bundle import Bundle, load_bundle
-from clipgen.sampling import Sampler
+from clipgen.sampling import SEEDS, Sampler, whole
 
-SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
 DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed, as the sampler's: pixels must not depend on company
 
 
@@ -28,7 +27,7 @@ class UnknownWords(UserWarning):
     """A text has words that the bundle's CLIP never saw in training."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GeneratedImage:
     """One image: what was made, and what makes it again."""
 
@@ -53,7 +52,7 @@ class ClipGen:
         self.clip, self.gpt, self.vqgan = bundle.clip, bundle.gpt, bundle.vqgan
         self.sampling = bundle.sampling
         self.sampler = Sampler(self.gpt)
-        self.sampler.prepare(self.sampling.guidance)  # now, not at the first request
+        self.sampler.prepare()  # now, not at the first request
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device | None = None,
@@ -77,16 +76,12 @@ class ClipGen:
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text must say something, got {text!r}")
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
-        if candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {candidates}")
-        if seed is None:
-            seed = random.SystemRandom().randrange(SEEDS)
-        elif not 0 <= seed < SEEDS:
+        num_images = whole("num_images", num_images, 1)
+        candidates = max(whole("candidates", candidates, 0), num_images)
+        seed = random.SystemRandom().randrange(SEEDS) if seed is None else whole("seed", seed, 0)
+        if seed >= SEEDS:
             raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")
         self._warn(text)
-        candidates = max(candidates, num_images)
         seeds = [(seed + i) % SEEDS for i in range(candidates)]
         embedding = self.clip.embed_texts([text])  # (1, D)
         codes = self.sample(embedding.expand(candidates, -1), seeds, temperature, top_k, top_p,
@@ -111,18 +106,21 @@ class ClipGen:
         return codes.view(-1, *self.vqgan.code_grid)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (N, h, w) to pixels float32 (N, 3, S, S) in [0, 1], in blocks of one fixed size."""
-        device = self.vqgan.quantizer.embedding.weight.device
-        rows = DECODE_ROWS["cuda" if device.type == "cuda" else "cpu"]
+        """Codes (N, h, w) to pixels float32 (N, 3, S, S) in [0, 1], in blocks of one fixed size.
+
+        FloatingPointError: pixels that are not finite (before clamping, which would hide them).
+        """
+        rows = DECODE_ROWS["cuda" if self.gpt.position.is_cuda else "cpu"]
         blocks = []
-        for block in codes.to(device).split(rows):
-            padded = torch.cat([block, block[-1:].expand(rows - len(block), -1, -1)])
-            blocks.append(self.vqgan.decode(padded)[:len(block)])  # under no_grad
-        pixels = torch.cat(blocks)
-        if not pixels.isfinite().all():
+        with torch.no_grad():
+            for block in codes.split(rows):
+                padded = torch.cat([block, block[-1:].expand(rows - len(block), -1, -1)])
+                blocks.append(self.vqgan.decode_raw(padded)[:len(block)])
+        raw = torch.cat(blocks)
+        if not raw.isfinite().all():
             raise FloatingPointError("the VQGAN decoded to pixels that are not finite: its "
                                      "weights are damaged, make the bundle again")
-        return pixels
+        return (raw * 0.5 + 0.5).clamp(0, 1)
 
     def _warn(self, text: str) -> None:
         if self.clip.truncated(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,14 +13,26 @@ from clipgen.gpt import GPT, KVCache
 # Matrix products round differently for different row counts.  With one size for every block, an
 # image depends on its own seed alone, not on how many are made beside it.
 ROWS = {"cpu": 8, "cuda": 16}
+SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
+
+
+def whole(name: str, value: float, low: int) -> int:
+    """`value` as an int; ValueError unless it is a whole number from `low` on."""
+    integral = isinstance(value, float) and value.is_integer()
+    try:
+        number = int(value) if integral else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low:
+        raise ValueError(f"{name} must be a whole number, {low} or more, got {value!r}")
+    return number
 
 
 def check_settings(temperature: float, top_k: int, top_p: float, guidance: float) -> None:
     """ValueError, in one sentence, for the first sampling setting outside its range."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if top_k < 0 or int(top_k) != top_k:
-        raise ValueError(f"top_k must be a whole number, 0 (keeps all codes) or more, got {top_k}")
+    whole("top_k", top_k, 0)
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p must lie between 0 and 1, got {top_p}")
     if not 0 <= guidance < float("inf"):
@@ -37,7 +50,8 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int,
     size = logits.shape[1]
     k = top_k if 0 < top_k < size else size
     values, codes = logits.float().topk(k, dim=1)
-    probabilities = (values / temperature).softmax(1)
+    # Differences from the best, so that no temperature however small overflows.
+    probabilities = ((values - values[:, :1]) / max(temperature, 1e-6)).softmax(1)
     if top_p < 1:
         before = probabilities.cumsum(1).roll(1, 1)  # cumulative probability of the better codes
         before[:, 0] = 0
@@ -52,12 +66,15 @@ def draw(probabilities: Tensor, codes: Tensor, uniform: Tensor) -> Tensor:
     cdf = probabilities.cumsum(1)
     index = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)
     last = (probabilities > 0).sum(1, keepdim=True) - 1  # rounding must not reach a removed code
-    return codes.gather(1, index.minimum(last))[:, 0]
+    return codes.gather(1, index.minimum(last).clamp(min=0))[:, 0]
 
 
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """One number in [0, 1) per (image, step), (N, steps), from each image's own CPU generator."""
-    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed))
+    """One number in [0, 1) per (image, step), (N, steps), from each image's own CPU generator.
+
+    Seeds are taken modulo 2**31.
+    """
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(seed % SEEDS))
                         for seed in seeds])
 
 
@@ -69,19 +86,23 @@ class Sampler:
         self.rows = ROWS["cuda" if gpt.position.is_cuda else "cpu"]
         self.steps: dict[int, Step] = {}  # by rows of the transformer: guidance doubles them
 
-    def prepare(self, guidance: float) -> None:
-        """Allocate, and on CUDA capture, what `sample` needs with this guidance."""
+    def prepare(self) -> None:
+        """Allocate, and on CUDA capture, all that `sample` will need."""
         with torch.inference_mode():
-            self._step(self.rows if guidance == 1 else 2 * self.rows)
+            self._step(self.rows)
+            if self.gpt.config.null_embedding:
+                self._step(2 * self.rows)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
                top_p: float, guidance: float) -> Tensor:
         """embeddings (N, D) unit rows, seeds: N ints -> codes int64 (N, block_size) on the CPU.
 
         ValueError: a setting out of range, other than one seed a row, a width other than the GPT's,
-        or guidance other than 1 with a GPT that has no null embedding.
+        or guidance other than 1 with a GPT that has no null embedding.  FloatingPointError: logits
+        that are not finite.
         """
         check_settings(temperature, top_k, top_p, guidance)
+        top_k, seeds = int(top_k), [whole("seed", seed, 0) for seed in seeds]
         config = self.gpt.config
         if guidance != 1 and not config.null_embedding:
             raise ValueError(f"guidance {guidance} needs a GPT that was trained with condition "
@@ -95,7 +116,7 @@ class Sampler:
         with torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
             for start in range(0, len(seeds), self.rows):
-                block = list(seeds[start:start + self.rows])
+                block = seeds[start:start + self.rows]
                 e = embeddings[start:start + self.rows]
                 padding = self.rows - len(block)  # rows that repeat the last image, thrown away
                 e = torch.cat([e, e[-1:].expand(padding, -1)])
@@ -115,8 +136,10 @@ class Sampler:
             embeddings = torch.cat([embeddings, null])
         x = gpt.condition(embeddings)
         step = self._step(len(x))
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for i in range(gpt.config.block_size):
             logits = step(x, i).float()
+            finite &= logits.isfinite().all()
             if guided:
                 conditional, null = logits.chunk(2)
                 logits = null + guidance * (conditional - null)
@@ -128,6 +151,9 @@ class Sampler:
             x = gpt.code_embedding(out[:, i])
             if guided:
                 x = torch.cat([x, x])
+        if not finite:
+            raise FloatingPointError("the GPT's logits are not finite: its weights do not fit "
+                                     f"{gpt.position.dtype}, use float32")
         return out
 
     def _step(self, rows: int) -> Step:
@@ -156,17 +182,20 @@ class GraphStep(Step):
         self.x = torch.zeros(rows, gpt.config.width, device=gpt.position.device,
                              dtype=gpt.position.dtype)
         self.cache.position = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        stream = torch.cuda.Stream(self.x.device)  # a capture wants its warm-up on a side stream
-        stream.wait_stream(torch.cuda.current_stream(self.x.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                gpt.step(self.x, self.cache)
-        torch.cuda.current_stream(self.x.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = gpt.step(self.x, self.cache)
+        with torch.cuda.device(self.x.device):
+            stream = torch.cuda.Stream()  # a capture wants its warm-up on a side stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    gpt.step(self.x, self.cache)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = gpt.step(self.x, self.cache)
 
     def __call__(self, x: Tensor, position: int) -> Tensor:
+        if position == 0:
+            self.cache.reset()
         self.x.copy_(x)
         self.cache.position.fill_(position)  # a kernel argument, so the loop never waits
         self.graph.replay()

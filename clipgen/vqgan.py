@@ -211,10 +211,12 @@ class VQGAN(nn.Module):
         if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"this VQGAN encodes pixels of shape (N, 3, {size}, {size}), "
                              f"got {tuple(pixels.shape)}")
+        pixels = pixels.to(self.quantizer.embedding.weight)
         return self.quantizer.nearest(self.encoder(pixels * 2 - 1))
 
     def decode_raw(self, codes: Tensor) -> Tensor:
         """The decoder's own output for codes (N, h, w): (N, 3, S, S) around [-1, 1], unclamped."""
+        codes = codes.to(self.quantizer.embedding.weight.device)
         return self.decoder(self.quantizer.vectors(codes))
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from clipgen.bundle import FILES, BundleError, SamplingDefaults, refuse_other_weights, save_bundle
+from clipgen.bundle import FILES, BundleError, SamplingDefaults, refuse_other_files, save_bundle
 from clipgen.clip import CLIP, CLIPConfig
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
@@ -149,7 +149,7 @@ def convert(clip: Path, vqgan: Path, gpt: Path, directory: Path, dtype: str, for
         raise ConversionError(f"{directory} is not empty, it holds {held[0]}: give another "
                               "directory, or --force to replace the bundle in it")
     if held:
-        refuse_other_weights(directory)
+        refuse_other_files(directory)
     modules = load_published(clip, vqgan, gpt)
     # Written beside its destination, then moved: the same file system, so moving is renaming.
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,9 @@ from torch import nn
 from scripts.images import read_images
 from scripts.train_vqgan import load_clip_run, load_vqgan_run
 
+# What codes depend on; the decoder may be trained further.
+CODES = ("encoder.", "quantizer.")
+
 
 def fingerprint(module: nn.Module, *parts: str) -> str:
     """sha256 of the tensors whose names start with one of `parts` (all without any)."""
@@ -41,8 +44,11 @@ def main() -> None:
     a = p.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip, vqgan = load_clip_run(a.clip).to(device), load_vqgan_run(a.vqgan).to(device)
+    if vqgan.config.codebook_size > 65536:
+        raise SystemExit(f"codes are stored in 16 bits, {vqgan.config.codebook_size} do not fit")
     images = read_images(a.images, vqgan.config.image_size)
     a.out.mkdir(parents=True, exist_ok=True)
+    (a.out / "manifest.json").unlink(missing_ok=True)  # written last: without it no shards
     count, length = min(len(images), a.limit or len(images)), vqgan.config.grid**2
     codes = np.lib.format.open_memmap(a.out / "codes.npy", "w+", np.uint16, (count, 2, length))
     embeddings = np.lib.format.open_memmap(a.out / "embeddings.npy", "w+", np.float16,
@@ -58,8 +64,7 @@ def main() -> None:
     codes.flush()
     embeddings.flush()
     manifest = {"images": count, "crops": 2, "codebook_size": vqgan.config.codebook_size}
-    # Codes depend on the encoder and the codebook; the decoder may be trained further.
-    manifest["vqgan_sha256"] = fingerprint(vqgan, "encoder.", "quantizer.")
+    manifest["vqgan_sha256"] = fingerprint(vqgan, *CODES)
     manifest["clip_sha256"] = fingerprint(clip)
     (a.out / "manifest.json").write_text(json.dumps(manifest, indent=1))
     print(json.dumps(manifest))

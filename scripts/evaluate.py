@@ -3,7 +3,9 @@
     python -m scripts.evaluate weights/emoji [--prompts 200] [--sheet runs/sheet.png]
 
 Texts describe held-out (object, place, time) combinations; the first image of
-`generate(text, num_images=1)` is shown to the judge.  The last line of stdout is JSON.
+`generate(text, num_images=1)` is shown to the judge, which is itself scored on new renders (for
+those the emoji font is needed: `apt install fonts-noto-color-emoji`).  The last line of stdout is
+JSON.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ def main() -> None:
     a = p.parse_args()
     began = time.time()
     judge = load_judge()
-    renders = score_on_renders(judge, 1000, random.SystemRandom().randrange(*JUDGE_SEEDS))
+    try:
+        renders = score_on_renders(judge, 1000, random.SystemRandom().randrange(*JUDGE_SEEDS))
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
     print(f"judge on 1,000 new renders: {renders}", file=sys.stderr)
     model = ClipGen.load(a.bundle)
     prompts = held_out_prompts(a.prompts, a.seed)
@@ -97,6 +102,9 @@ def main() -> None:
     print(json.dumps({"judge_on_renders": min(renders.values()), **scores,
                       "n_prompts": len(prompts), "candidates": a.candidates,
                       "seconds": round(time.time() - began, 1)}))
+    if min(renders.values()) < 0.99:
+        raise SystemExit("the judge gets fewer than 99 % of new renders right, so its word counts "
+                         "for little: train it again with scripts.judge --train")
 
 
 if __name__ == "__main__":

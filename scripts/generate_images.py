@@ -130,8 +130,11 @@ def generate(args: argparse.Namespace) -> list:
             stop(str(error), status=2)
         except FloatingPointError as error:
             stop(str(error), status=1)
-        except (torch.OutOfMemoryError, MemoryError):
-            stop(f"out of memory with --candidates {args.candidates}: try a lower number", status=1)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if type(error) is RuntimeError and "memory" not in str(error):  # CPU, CUDA capture
+                raise
+            stop(f"out of memory with --candidates {args.candidates}: try a lower number, or "
+                 "--guidance 1, which halves the work", status=1)
 
 
 def write(images: list, folder: Path, suffix: str) -> list[Path]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from clipgen.bundle import SamplingDefaults, save_bundle
 from clipgen.gpt import GPT, GPTConfig
+from scripts.encode_images import CODES, fingerprint
 from scripts.train_vqgan import load_clip_run, load_vqgan_run
 
 
@@ -38,8 +39,15 @@ def main() -> None:
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--guidance", type=float, default=1.0)
     a = p.parse_args()
-    save_bundle(a.out, clip=load_clip_run(a.clip), vqgan=load_vqgan_run(a.vqgan),
-                gpt=load_gpt_run(a.gpt), trained_on={"data": a.trained_on},
+    clip, vqgan = load_clip_run(a.clip), load_vqgan_run(a.vqgan)
+    manifest = json.loads((a.gpt / "shards.json").read_text())
+    for name, path, found in (("clip", a.clip, fingerprint(clip)),
+                              ("vqgan", a.vqgan, fingerprint(vqgan, *CODES))):
+        if manifest[f"{name}_sha256"] != found:
+            raise SystemExit(f"{a.gpt} was trained on shards of another {name} than {path}: give "
+                             "that one, or encode and train again")
+    save_bundle(a.out, clip=clip, vqgan=vqgan, gpt=load_gpt_run(a.gpt),
+                trained_on={"data": a.trained_on},
                 sampling=SamplingDefaults(a.temperature, a.top_k, a.top_p, a.guidance))
     sizes = {f.name: f.stat().st_size for f in sorted(a.out.glob("*.safetensors"))}
     print(json.dumps({"bundle": str(a.out), "bytes": sizes}))

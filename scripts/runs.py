@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -58,14 +60,21 @@ class Average:
                 self.state[name].copy_(value)
 
 
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """What a resumed run must have in common with its checkpoint: all but the paths of its data."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()
+            if k not in ("images", "shards", "validation", "run", "clip")}
+
+
 class Run:
-    """A training run in a directory: `checkpoint.pt` (atomic) and `log.jsonl`."""
+    """A training run in a directory: `checkpoint.pt` (atomic), `log.jsonl`, TensorBoard scalars."""
 
     def __init__(self, directory: Path, settings: dict):
         self.directory, self.settings = directory, settings
         directory.mkdir(parents=True, exist_ok=True)
         self.began, self.first_step = time.time(), 0
         self.saved = time.time()
+        self.board = SummaryWriter(str(directory))
 
     def resume(self) -> dict | None:
         """The last checkpoint, or None; refuses one that was made with other settings."""
@@ -104,6 +113,8 @@ class Run:
         left = (steps - step) / max(speed, 1e-9)
         with open(self.directory / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "seconds": round(seconds, 1), **numbers}) + "\n")
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
         text = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         print(f"{step}/{steps}  {text}  {speed:.2f} steps/s  {left / 60:.0f} min left",
               file=sys.stderr, flush=True)

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
 from scripts.images import ImageSet, read_images
-from scripts.runs import Average, Run, adamw, learning_rate, save_weights, set_learning_rate
+from scripts.runs import (
+    Average,
+    Run,
+    adamw,
+    learning_rate,
+    save_weights,
+    set_learning_rate,
+    settings_of,
+)
 
 
 def small_config(vocabulary: tuple[int, ...]) -> CLIPConfig:
@@ -33,12 +41,12 @@ def small_config(vocabulary: tuple[int, ...]) -> CLIPConfig:
         vocabulary=vocabulary)
 
 
-def shift(pixels: Tensor, most: int) -> Tensor:
+def shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Each image moved by up to `most` pixels, edges repeated; captions stay true, left and right
     too."""
     n, _, h, w = pixels.shape
     padded = F.pad(pixels, (most, most, most, most), mode="replicate")
-    dy, dx = torch.randint(0, 2 * most + 1, (2, n))
+    dy, dx = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
     return torch.stack([p[:, y:y + h, x:x + w] for p, y, x in zip(padded, dy, dx, strict=True)])
 
 
@@ -83,7 +91,7 @@ def main() -> None:
     tokens = dict(zip(tokens_of, clip.tokenize(tokens_of), strict=True))
     optimizer = adamw(clip, a.lr, 0.1)
     average = Average(clip, 0.999)
-    run = Run(a.run, {"script": "train_clip", "batch": a.batch, "steps": a.steps, "lr": a.lr})
+    run = Run(a.run, settings_of(a))
     first = 0
     if state := run.resume():
         clip.load_state_dict(state["model"])
@@ -97,7 +105,7 @@ def main() -> None:
         lines = [images.captions[i] for i in index]
         which = torch.rand(a.batch, generator=generator).tolist()
         batch = torch.stack([tokens[c[int(u * len(c))]] for c, u in zip(lines, which, strict=True)])
-        pixels = shift(images.batch(index), 3).to(device)
+        pixels = shift(images.batch(index), 3, generator).to(device)
         pixels = clip.preprocess(pixels).contiguous(memory_format=torch.channels_last)
         image = F.normalize(clip.model.encode_image(pixels), dim=-1)
         text = F.normalize(clip.model.encode_text(batch.to(device)), dim=-1)

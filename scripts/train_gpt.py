@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.gpt import GPT, GPTConfig
-from scripts.runs import Average, Run, adamw, learning_rate, save_weights, set_learning_rate
+from scripts.runs import (
+    Average,
+    Run,
+    adamw,
+    learning_rate,
+    save_weights,
+    set_learning_rate,
+    settings_of,
+)
 
 
 def perturb(embedding: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -83,8 +91,7 @@ def main() -> None:
     gpt.to(device).dropout = a.dropout
     optimizer = adamw(gpt, a.lr, 0.05)
     average = Average(gpt, 0.999)
-    settings = {k: v for k, v in vars(a).items() if k not in ("run", "shards", "validation")}
-    run = Run(a.run, settings | {"vqgan_sha256": manifest["vqgan_sha256"]})
+    run = Run(a.run, settings_of(a) | {"vqgan_sha256": manifest["vqgan_sha256"]})
     first, loss_sum = 0, 0.0
     if state := run.resume():
         gpt.load_state_dict(state["model"])
@@ -123,6 +130,7 @@ def main() -> None:
     result = {"token_ce": validation_loss(evaluated, *held[:2], device)} if held else {}
     save_weights(average.state, a.run / "gpt.safetensors")
     (a.run / "gpt.json").write_text(json.dumps(vars(config)))
+    (a.run / "shards.json").write_text(json.dumps(manifest))
     print(json.dumps({"steps": a.steps, **result}))
 
 

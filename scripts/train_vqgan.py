@@ -2,7 +2,8 @@
 
     python -m scripts.train_vqgan runs/scenes.tar --run runs/vqgan --clip runs/clip
 
-Loss: L1 + perceptual (features of the CLIP image tower) + quantiser + hinge GAN from `--gan-start`.
+Loss: L1 + L2 + perceptual (features of the CLIP image tower) + quantiser + hinge GAN from
+`--gan-start`.
 New models have 8-dimensional l2-normalised codes (ViT-VQGAN, arXiv 2110.04627).
 
 `--decoder-of runs/vqgan` goes on with the decoder alone: codes, and shards made of them, stay
@@ -27,7 +28,15 @@ from clipgen.clip import CLIP, CLIPConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.discriminator import Discriminator, hinge_loss
 from scripts.images import ImageSet, read_images
-from scripts.runs import Average, Run, adamw, learning_rate, save_weights, set_learning_rate
+from scripts.runs import (
+    Average,
+    Run,
+    adamw,
+    learning_rate,
+    save_weights,
+    set_learning_rate,
+    settings_of,
+)
 
 
 class PerceptualLoss(nn.Module):
@@ -88,12 +97,14 @@ def quantise(vqgan: VQGAN, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def restart_dead_codes(vqgan: VQGAN, used: Tensor, features: Tensor) -> int:
+def restart_dead_codes(vqgan: VQGAN, used: Tensor, features: Tensor,
+                       generator: torch.Generator) -> int:
     """Move codes that were not used lately onto random encoder outputs; returns how many."""
     dead = (used == 0).nonzero().flatten()
     pool = vqgan.quantizer.normalise(features).permute(0, 2, 3, 1).flatten(0, 2)
-    chosen = pool[torch.randint(len(pool), (len(dead),), device=pool.device)]
-    vqgan.quantizer.embedding.weight[dead] = chosen + 0.01 * torch.randn_like(chosen)
+    chosen = pool[torch.randint(len(pool), (len(dead),), generator=generator).to(pool.device)]
+    noise = torch.randn(chosen.shape, generator=generator).to(pool.device)
+    vqgan.quantizer.embedding.weight[dead] = chosen + 0.01 * noise
     return len(dead)
 
 
@@ -131,6 +142,9 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=12000)
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--lr", type=float, default=1e-3)
+    # L1 alone lets the few wild pixels pass that group normalisation invites (StyleGAN2's droplets,
+    # arXiv 1912.04958).
+    p.add_argument("--l2", type=float, default=5.0, help="weight")
     p.add_argument("--perceptual", type=float, default=0.1, help="weight")
     p.add_argument("--gan", type=float, default=0.02, help="weight")
     p.add_argument("--gan-start", type=int, default=6000, help="first step with the discriminator")
@@ -157,10 +171,7 @@ def main() -> None:
     optimizer, judge_optimizer = adamw(vqgan, a.lr, 1e-4), adamw(judge, a.lr, 1e-4)
     average = Average(vqgan, 0.999)
     used = torch.zeros(config.codebook_size, device=device)
-    settings = {"script": "train_vqgan", "batch": a.batch, "steps": a.steps, "lr": a.lr,
-                "channels": list(config.channels), "codebook_size": config.codebook_size,
-                "size": config.image_size, "decoder_of": str(a.decoder_of)}
-    run = Run(a.run, settings)
+    run = Run(a.run, settings_of(a))
     first, sums = 0, {}
     if state := run.resume():
         vqgan.load_state_dict(state["model"])
@@ -179,8 +190,8 @@ def main() -> None:
         features = vqgan.encoder(pixels * 2 - 1)
         vectors, codes, loss_vq = quantise(vqgan, features)
         result = vqgan.decoder(vectors) * 0.5 + 0.5  # around [0, 1]
-        losses = {"l1": F.l1_loss(result, pixels), "vq": loss_vq}
-        loss = losses["l1"] + losses["vq"]
+        losses = {"l1": F.l1_loss(result, pixels), "l2": F.mse_loss(result, pixels), "vq": loss_vq}
+        loss = losses["l1"] + a.l2 * losses["l2"] + losses["vq"]
         if perceptual:
             losses["perceptual"] = perceptual(result, pixels)
             loss = loss + a.perceptual * losses["perceptual"]
@@ -206,7 +217,7 @@ def main() -> None:
         done = step + 1
         if done % 100 == 0:
             if done < 0.6 * a.steps and not a.decoder_of:
-                losses["restarted"] = restart_dead_codes(vqgan, used, features)
+                losses["restarted"] = restart_dead_codes(vqgan, used, features, generator)
             used.zero_()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value)

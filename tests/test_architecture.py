@@ -119,7 +119,6 @@ def state():
         "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "matmul precision": torch.get_float32_matmul_precision(),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "reduced precision": (torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
                               torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark,

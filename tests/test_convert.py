@@ -96,7 +96,7 @@ def test_converts(run, modules, tmp_path: Path, dtype: str | None) -> None:
 
 
 def test_every_published_name_is_mapped() -> None:
-    """The names of the full-size GPT, as the kit lists them."""
+    """The names of the full-size GPT, as the published file has them."""
     with torch.device("meta"):
         gpt = convert_weights.GPT(GPTConfig.published())
     published = json.loads((seeded.HERE / "state_dicts.json").read_text())["gpt"]

@@ -5,6 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clipgen import ClipGen, TextTruncated, UnknownWords
@@ -28,8 +30,8 @@ def pixels(generated):
 @pytest.mark.parametrize("guidance", [None, 3.0])
 def test_every_image_is_made_again_from_its_seed(model, guidance):
     images = model.generate(TEXT, num_images=9, candidates=11, seed=2**31 - 4, guidance=guidance)
-    assert sorted(i.seed for i in images) == sorted({(2**31 - 4 + k) % 2**31 for k in range(11)}
-                                                    & {i.seed for i in images})
+    seeds = {i.seed for i in images}
+    assert len(seeds) == 9 and seeds <= {(2**31 - 4 + k) % 2**31 for k in range(11)}
     assert {0, 1, 2} & {i.seed for i in images}  # wrapped at 2**31
     for image in images:
         again, = model.generate(TEXT, 1, 1, seed=image.seed, guidance=guidance)
@@ -78,7 +80,9 @@ def test_images_can_be_sampled_from_image_embeddings(model):
 
 @pytest.mark.parametrize("change, words", [
     ({"text": "  "}, "text must say something"), ({"num_images": 0}, "num_images .* got 0"),
-    ({"candidates": 0}, "candidates .* got 0"), ({"seed": 2**31}, "seed .* got 2147483648"),
+    ({"candidates": -1}, "candidates .* got -1"), ({"num_images": 2.5}, "num_images .* got 2.5"),
+    ({"seed": 1.5}, "seed .* got 1.5"), ({"seed": "1"}, "seed .* got '1'"),
+    ({"seed": 2**31}, "seed .* got 2147483648"),
     ({"seed": -1}, "seed .* got -1"), ({"top_p": 2}, "top_p .* got 2")])
 def test_bad_values_are_named(model, change, words):
     with pytest.raises(ValueError, match=words):
@@ -95,7 +99,34 @@ def test_warnings_say_what_was_cut_and_what_was_never_seen(model):
         model.generate("a cat, on the beach.", 1, 1, seed=0)
 
 
+def test_seeds_wrap_and_whole_floats_count(model):
+    e = model.clip.embed_texts([TEXT])
+    assert torch.equal(model.sample(e, [2**31 + 3]), model.sample(e, [3.0], top_k=20.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_parts_compose(model, dtype):
+    other = ClipGen.load(model.bundle.directory, dtype=dtype)
+    e = other.clip.embed_texts([TEXT, "night"])
+    codes = other.sample(e, [0, 1])
+    assert other.gpt(e, codes.flatten(1)[:, :-1]).shape == (2, 16, 64)
+    torch.testing.assert_close(other.vqgan.decode(codes), other.decode(codes))
+    assert other.vqgan.encode(other.vqgan.decode(codes)).shape == (2, 4, 4)
+
+
+@settings(deadline=None, max_examples=8)
+@given(num=st.integers(1, 10), candidates=st.integers(0, 12), seed=st.integers(0, 2**31 - 1))
+def test_any_request_is_made_of_single_images(model, num, candidates, seed):
+    images = model.generate(TEXT, num, candidates, seed)
+    assert len(images) == num
+    for image in images[::4]:
+        again, = model.generate(TEXT, 1, 1, image.seed)
+        assert np.array_equal(again.codes, image.codes) and np.array_equal(pixels(again),
+                                                                           pixels(image))
+
+
 def test_pixels_that_are_not_finite_are_an_error(model, monkeypatch):
-    monkeypatch.setattr(model.vqgan, "decode", lambda codes: torch.full((1, 3, 32, 32), torch.nan))
+    monkeypatch.setattr(model.vqgan, "decode_raw",
+                        lambda codes: torch.full((1, 3, 32, 32), float("inf")))
     with pytest.raises(FloatingPointError, match="not finite"):
         model.generate(TEXT, 1, 1, seed=0)

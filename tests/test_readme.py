@@ -51,3 +51,8 @@ def test_every_file_it_names_exists():
     for name in names:
         if re.fullmatch(r"[\w./*-]+", name):
             assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_no_card_has_a_gap():
+    for path in [ROOT / "README.md", *ROOT.glob("weights/*/README.md")]:
+        assert not re.findall(r"@[A-Z]+@|TODO|XXX", path.read_text(encoding="utf-8")), path

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipgen.gpt import KVCache
 from clipgen.sampling import Sampler, draw, filter_logits, uniforms
 from tests.micro import micro_gpt
 
@@ -64,6 +65,32 @@ def test_draw_never_reaches_a_removed_code():
     codes = torch.tensor([[9, 4, 2, 7]])
     for u in (0.0, 0.5, 0.999999, 1.0 - 2**-24, 1.0):
         assert draw(probabilities, codes, torch.tensor([u])).item() in (9, 4)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-38, 1e-6])
+def test_the_smallest_temperatures_are_the_argmax(temperature):
+    logits = torch.tensor([[1.0, 5.0, 4.9, -3.0]])
+    probabilities, codes = filter_logits(logits, temperature, 0, 0.9)
+    assert draw(probabilities, codes, torch.tensor([0.99])).item() == 1
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    gpt = micro_gpt()
+    with torch.no_grad():
+        gpt.head.bias[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite.* use float32"):
+        Sampler(gpt).sample(torch.zeros(1, 32), [0], **PLAIN)
+
+
+def test_the_step_needs_no_value_on_the_cpu():
+    """What a CUDA graph captures must not look at a tensor; on meta there is nothing to see."""
+    gpt = micro_gpt().to("meta")
+    cache = KVCache(gpt.config, 3, torch.device("meta"), torch.float32)
+    cache.position = torch.zeros((), dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        logits = gpt.step(torch.zeros(3, 32, device="meta"), cache)
+        probabilities, codes = filter_logits(logits, 0.7, 5, 0.9)
+        assert draw(probabilities, codes, torch.zeros(3, device="meta")).shape == (3,)
 
 
 def test_uniforms_belong_to_the_seed():

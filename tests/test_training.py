@@ -44,6 +44,15 @@ def folder(tmp_path_factory):
     return root
 
 
+def other_gpt(run_directory):
+    """The same run, but of shards of another VQGAN."""
+    directory = run_directory.with_name("other_gpt")
+    shutil.copytree(run_directory, directory)
+    manifest = json.loads((directory / "shards.json").read_text())
+    (directory / "shards.json").write_text(json.dumps(manifest | {"vqgan_sha256": "0"}))
+    return directory
+
+
 def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     clip, vqgan, shards, gpt = (tmp_path / n for n in ("clip", "vqgan", "shards", "gpt"))
     run("train_clip", folder, "--run", clip, "--size", 32, "--steps", 3, "--batch", 8)
@@ -72,6 +81,9 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     images = model.generate(text, num_images=2, candidates=3, seed=0)
     assert len(images) == 2 and images[0].image.size == (32, 32)
     assert model.sampling.guidance == 2
+    error = run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", other_gpt(gpt),
+                fails=True)
+    assert "shards of another vqgan" in error
     # Shards of another VQGAN are refused.
     other = tmp_path / "other"
     shutil.copytree(shards, other)
