@@ -71,6 +71,7 @@ def test_draw_never_reaches_a_removed_code():
 def test_the_smallest_temperatures_are_the_argmax(temperature):
     logits = torch.tensor([[1.0, 5.0, 4.9, -3.0]])
     probabilities, codes = filter_logits(logits, temperature, 0, 0.9)
+    assert probabilities.tolist() == [[1, 0, 0, 0]]  # and not NaN, which draw would forgive
     assert draw(probabilities, codes, torch.tensor([0.99])).item() == 1
 
 
