@@ -32,12 +32,18 @@ class CLIPConfig:
     * row 0 is id 0, CLIP's padding; every token outside the vocabulary is read as row 0 too.
     Start and end are always included, and `text_cfg.vocab_size` is the number of rows.
     `vocabulary_of` makes such a tuple from texts.
+
+    `text_embedding_mean` and `image_embedding_mean` are taken off the unit embeddings of texts and
+    of images, which are then of unit length again: CLIP's texts and images sit in two cones apart,
+    and this moves both to the middle.  None takes nothing off.
     """
 
     model: dict[str, Any]
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     vocabulary: tuple[int, ...] | None = None
+    text_embedding_mean: tuple[float, ...] | None = None
+    image_embedding_mean: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_mean", "image_std"):
@@ -49,6 +55,13 @@ class CLIPConfig:
         if set(self.model) != {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
             raise ValueError("the CLIP model config must have embed_dim, quick_gelu, vision_cfg "
                              f"and text_cfg, got {sorted(self.model)}")
+        for name in ("text_embedding_mean", "image_embedding_mean"):
+            mean = getattr(self, name)
+            if mean is not None:
+                object.__setattr__(self, name, tuple(mean))
+                if len(mean) != self.model["embed_dim"]:
+                    raise ValueError(f"CLIP {name} must be {self.model['embed_dim']} numbers, "
+                                     f"got {len(mean)}")
         vision, text = self.model["vision_cfg"], self.model["text_cfg"]
         if not isinstance(vision, dict) or not isinstance(text, dict):
             raise ValueError("CLIP vision_cfg and text_cfg must be tables")
@@ -213,16 +226,22 @@ class CLIP(nn.Module):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit rows float32 (N, embedding_dim) on this module's device, one per text."""
         tokens = self.tokenize(texts).to(self.device)
-        return self._embed(self.model.encode_text, tokens.split(TEXTS_PER_PASS))
+        return self._embed(self.model.encode_text, tokens.split(TEXTS_PER_PASS),
+                           self.config.text_embedding_mean)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Unit rows float32 (N, embedding_dim) of pixels float (N, 3, H, W) in [0, 1], any size."""
         return self._embed(lambda part: self.model.encode_image(self.preprocess(part)),
-                           pixels.split(IMAGES_PER_PASS))
+                           pixels.split(IMAGES_PER_PASS), self.config.image_embedding_mean)
 
     # no_grad, not inference_mode: training feeds these embeddings to a GPT under autograd.
     @torch.no_grad()
-    def _embed(self, encode: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
+    def _embed(self, encode: Callable[[Tensor], Tensor], parts: Sequence[Tensor],
+               mean: tuple[float, ...] | None) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             rows = [F.normalize(encode(part), dim=-1) for part in parts if len(part)]
-        return torch.cat(rows) if rows else torch.zeros(0, self.embedding_dim, device=self.device)
+        if not rows:
+            return torch.zeros(0, self.embedding_dim, device=self.device)
+        embedded = torch.cat(rows)
+        return embedded if mean is None else F.normalize(embedded - embedded.new_tensor(mean),
+                                                         dim=-1)

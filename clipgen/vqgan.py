@@ -23,6 +23,7 @@ class VQGANConfig:
     code_dim: int
     codebook_size: int
     l2_normalised: bool  # compare unit vectors (ViT-VQGAN, arXiv 2110.04627)
+    norm_groups: int = 32  # of GroupNorm; 0: no normalisation, which learns much faster at first
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -30,8 +31,11 @@ class VQGANConfig:
         for name in ("image_size", "blocks_per_level", "code_dim", "codebook_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VQGAN {name} must be at least 1, got {getattr(self, name)}")
-        if not self.channels or any(c < 32 or c % 32 for c in self.channels):
-            raise ValueError(f"VQGAN channels must be multiples of 32, got {list(self.channels)}")
+        if self.norm_groups < 0:
+            raise ValueError(f"VQGAN norm_groups must be at least 0, got {self.norm_groups}")
+        if not self.channels or any(c < 1 or c % (self.norm_groups or 1) for c in self.channels):
+            raise ValueError(f"VQGAN channels must be multiples of norm_groups {self.norm_groups}, "
+                             f"got {list(self.channels)}")
         if self.image_size % self.factor:
             raise ValueError(f"image size {self.image_size} is not a multiple of {self.factor}, "
                              f"the reduction of {len(self.channels)} levels")
@@ -53,16 +57,17 @@ class VQGANConfig:
                    blocks_per_level=2, code_dim=256, codebook_size=16384, l2_normalised=False)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.Module:
+    return nn.GroupNorm(groups, channels, eps=1e-6) if groups else nn.Identity()
 
 
 class ResBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int):
+    def __init__(self, channels_in: int, channels_out: int, groups: int):
         super().__init__()
         self.block = nn.Sequential(
-            group_norm(channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1),
-            group_norm(channels_out), nn.SiLU(), nn.Dropout(0.0),
+            group_norm(channels_in, groups), nn.SiLU(),
+            nn.Conv2d(channels_in, channels_out, 3, padding=1),
+            group_norm(channels_out, groups), nn.SiLU(), nn.Dropout(0.0),
             nn.Conv2d(channels_out, channels_out, 3, padding=1))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -74,9 +79,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all places."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.attn = nn.MultiheadAttention(channels, 1, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,9 +108,9 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels), Attention(channels),
-                         ResBlock(channels, channels))
+def middle(channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(ResBlock(channels, channels, groups), Attention(channels, groups),
+                         ResBlock(channels, channels, groups))
 
 
 class Encoder(nn.Module):
@@ -114,20 +119,21 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         levels, size, channels = config.channels, config.image_size, config.channels[0]
+        groups = config.norm_groups
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         down: list[nn.Module] = []
         for level, width in enumerate(levels):
             for _ in range(config.blocks_per_level):
-                down.append(ResBlock(channels, width))
+                down.append(ResBlock(channels, width, groups))
                 channels = width
                 if size in config.attention_sizes:
-                    down.append(Attention(channels))
+                    down.append(Attention(channels, groups))
             if level < len(levels) - 1:
                 down.append(Downsample(channels))
                 size //= 2
         self.down = nn.Sequential(*down)
-        self.mid = middle(channels)
-        self.final = nn.Sequential(group_norm(channels), nn.SiLU(),
+        self.mid = middle(channels, groups)
+        self.final = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                    nn.Conv2d(channels, config.code_dim, 3, padding=1),
                                    nn.Conv2d(config.code_dim, config.code_dim, 1))
 
@@ -141,21 +147,22 @@ class Decoder(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         levels, size, channels = config.channels[::-1], config.grid, config.channels[-1]
+        groups = config.norm_groups
         self.quant_conv_in = nn.Conv2d(config.code_dim, config.code_dim, 1)
         self.conv_in = nn.Conv2d(config.code_dim, channels, 3, padding=1)
-        self.mid = middle(channels)
+        self.mid = middle(channels, groups)
         up: list[nn.Module] = []
         for level, width in enumerate(levels):
             for _ in range(config.blocks_per_level + 1):
-                up.append(ResBlock(channels, width))
+                up.append(ResBlock(channels, width, groups))
                 channels = width
                 if size in config.attention_sizes:
-                    up.append(Attention(channels))
+                    up.append(Attention(channels, groups))
             if level < len(levels) - 1:
                 up.append(Upsample(channels))
                 size *= 2
         self.up = nn.Sequential(*up)
-        self.final = nn.Sequential(group_norm(channels), nn.SiLU(),
+        self.final = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                    nn.Conv2d(channels, 3, 3, padding=1))
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -198,6 +205,20 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantizer = Quantizer(config)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """He's initialisation with every residual branch silent at first (Fixup, 1901.09321), so
+        that a model without normalisation starts well-behaved."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.block[-1].weight)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.attn.out_proj.weight)
 
     @property
     def code_grid(self) -> tuple[int, int]:

@@ -1,11 +1,30 @@
-"""Judge a bundle that was trained on the scenes of `scripts.scenes`.
+"""Score a bundle: what its images show, how well they fit their texts, how real they look.
 
-    python -m scripts.evaluate weights/emoji [--prompts 200] [--sheet runs/sheet.png]
+    python -m scripts.evaluate weights/emoji                               its own world, judged
+    python -m scripts.evaluate weights/coco --prompts texts.txt --images photos.zip
+    python -m scripts.evaluate weights/coco --prompts coco:/data/coco --images coco:/data/coco
+    python -m scripts.evaluate runs/mine --images photos/                  no text anywhere
 
-Texts describe held-out (object, place, time) combinations; the first image of
-`generate(text, num_images=1)` is shown to the judge, which is itself scored on new renders (for
-those the emoji font is needed: `apt install fonts-noto-color-emoji`).  The last line of stdout is
-JSON.
+--prompts N     texts about held-out combinations of the world of scripts.scenes; scripts.judge
+                says whether object, place and time are right (that needs the emoji font:
+                apt install fonts-noto-color-emoji).  Without --prompts and --images: 200.
+--prompts FILE  a file of texts, one a line.
+--prompts coco:PATH  captions of COCO, one an image; PATH: its folder, of which
+                annotations/captions_val2017.json is read, or a file like that one.
+--images SOURCE real images to compare with: a folder, zip, tar or shards, or coco:, imagenet:,
+                googlecc: and a folder (the validation part where there is one).
+--condition images   no texts: each image is sampled from the embedding of one of --images.
+
+Scores, higher is better: CLIP score (CLIP-I with --condition images), R@1 (the own text is the
+nearest of 100; texts that mean the same count against each other), Inception score (with Inception
+alone).  Lower is better: Fréchet distance, also after Gaussian blurs of 1, 2, 4 and 8 pixels
+(standard deviation; of 256, other sizes in proportion), and MMD (the unbiased KID).  Distances are
+comparable only where features, number of images and resizing are the same: they are in the output.
+Where --images has twice as many images as are generated, the other half is what these are compared
+with, and "FD real" and "MMD real" are those of the two halves: what perfect images would get.
+All images are held in memory, 200 kB each at 256 pixels.
+
+Progress goes to stderr; stdout is a Markdown table and, as its last line, JSON.
 """
 
 from __future__ import annotations
@@ -15,96 +34,338 @@ import json
 import random
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from clipgen import ClipGen
-from scripts import scenes
-from scripts.judge import QUESTIONS, load_judge, score_on_renders
+from clipgen.clip import CLIP, IMAGES_PER_PASS
+from clipgen.pipeline import to_image
+from clipgen.sampling import SEEDS
+from scripts import metrics
+from scripts.features import RADII, Network, blurred_features, load_network
+from scripts.generate_images import Parser, device, number
+from scripts.images import Images, UnreadableImage, open_images
+from scripts.judge import Judge, load_judge, score_on_renders
+from scripts.parts import load_clip
+from scripts.prompts import COCO_TEXTS, read_prompts
+from scripts.sheet import sheet
+from scripts.views import centre_view
 
 JUDGE_SEEDS = (20_000_000, 2_000_000_000)  # of renders that nothing is trained on
+TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks
+AMONG, IN_SHEET = 100, 32  # targets that R@1 chooses from; images on a sheet
+OWN_IMAGES = 1000  # that --condition images samples from without --count, at most
+
+# Columns of the table by key of the result; those that a run has no value for are left out.
+COLUMNS = {
+    "bundle": "bundle", "condition": "sampled from", "n_generated": "images",
+    "candidates": "best of", "guidance": "guidance", "object_right": "object right",
+    "place_right": "place right", "time_right": "time right", "clip_score": "CLIP score ↑",
+    "clip_i": "CLIP-I ↑", "retrieval_r1": "R@1 ↑", "inception_score": "IS ↑",
+    "frechet_distance": "FD ↓", "frechet_distance_real": "FD real",
+    **{f"frechet_distance_blur_{r}": f"FD-{r} ↓" for r in RADII[1:]},
+    "mmd": "MMD ↓", "mmd_real": "MMD real", "features": "features", "seconds_per_image": "s/image",
+}
 
 
-def held_out_prompts(count: int, seed: int) -> list[tuple[str, tuple[str, str, str]]]:
-    """(text, (object, place, time)) of held-out combinations, each once before any comes again."""
-    combinations = sorted(scenes.HELD_OUT)
-    rng = np.random.default_rng(seed)
-    prompts = []
-    while len(prompts) < count:
-        for i in rng.permutation(len(combinations)):
-            labels = combinations[i]
-            prompts.append((scenes.write_caption(rng, *labels), labels))
-    return prompts[:count]
-
-
-def sheet(pictures: list[tuple[str, Image.Image]], columns: int = 8) -> Image.Image:
-    """Images at 128 pixels, each with its text below."""
-    cell, text_height, font = 128, 40, ImageFont.load_default(11)
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (cell + 8) + 8, rows * (cell + text_height) + 8), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (text, image) in enumerate(pictures):
-        x, y = 8 + i % columns * (cell + 8), 8 + i // columns * (cell + text_height)
-        page.paste(image.resize((cell, cell), Image.Resampling.BICUBIC), (x, y))
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if draw.textlength(longer, font=font) <= cell:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-        draw.multiline_text((x, y + cell + 2), "\n".join(lines[:3]), "black", font, spacing=1)
-    return page
-
-
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    p = Parser(prog="scripts.evaluate", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = "(default: the bundle's own)"
     p.add_argument("bundle", type=Path)
-    p.add_argument("--prompts", type=int, default=200, help="texts")
-    p.add_argument("--candidates", type=int, default=16, help="images drawn for each text")
-    p.add_argument("--guidance", type=float, help="instead of the bundle's own")
-    p.add_argument("--top-p", type=float, help="instead of the bundle's own")
-    p.add_argument("--temperature", type=float, help="instead of the bundle's own")
-    p.add_argument("--seed", type=int, default=0, help="of the texts and of the images")
-    p.add_argument("--sheet", type=Path, help="write the first 32 images with their texts here")
-    a = p.parse_args()
-    began = time.time()
-    judge = load_judge()
-    try:
-        renders = score_on_renders(judge, 1000, random.SystemRandom().randrange(*JUDGE_SEEDS))
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from None
-    print(f"judge on 1,000 new renders: {renders}", file=sys.stderr)
-    model = ClipGen.load(a.bundle)
-    prompts = held_out_prompts(a.prompts, a.seed)
-    images, pixels = [], []
-    for i, (text, _) in enumerate(prompts):
-        best = model.generate(text, num_images=1, candidates=a.candidates,
-                              seed=(a.seed + i * a.candidates) % 2**31, guidance=a.guidance,
-                              top_p=a.top_p, temperature=a.temperature)[0]
-        images.append(best.image)
-        pixels.append(torch.from_numpy(np.array(best.image)).permute(2, 0, 1).float() / 255)
-        if (i + 1) % 20 == 0:
-            print(f"{i + 1}/{len(prompts)} texts", file=sys.stderr, flush=True)
-    right = judge.right(torch.stack(pixels), [labels for _, labels in prompts])
+    p.add_argument("--prompts", help="a whole number, FILE or coco:PATH")
+    p.add_argument("--images", metavar="SOURCE", help="real images")
+    p.add_argument("--condition", choices=("texts", "images"), help="what images are sampled from "
+                   "(default: texts; images where --images is given and --prompts is not)")
+    p.add_argument("--count", type=number(int, 1, 10**9), help="at most so many texts or images "
+                   f"(default: all; {COCO_TEXTS} of COCO; {OWN_IMAGES} for --condition images)")
+    p.add_argument("--features", choices=("inception", "clip", "judge"), help="network of the "
+                   "distances (default: inception, with torch-fidelity and its weights, else clip)")
+    p.add_argument("--score-clip", metavar="CLIP", help="CLIP of CLIP score and --features clip: "
+                   "another bundle, or ARCHITECTURE:PRETRAINED of open_clip (default: the bundle's "
+                   "own, which also steered and ranked the images)")
+    p.add_argument("--candidates", type=number(int, 1, 4096), default=16,
+                   help="images sampled for each that is kept, the one nearest by CLIP (16)")
+    p.add_argument("--guidance", type=number(float, 1, 20), help=own)
+    p.add_argument("--top-p", type=number(float, 0, 1), help=own)
+    p.add_argument("--temperature", type=number(float, 0, 4), help=own)
+    p.add_argument("--seed", type=number(int, 0, SEEDS - 1), default=0,
+                   help="of the choice of texts and images, and of sampling (0)")
+    p.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there)")
+    p.add_argument("--sheet", type=Path, metavar="PNG",
+                   help="write the first 32 images here, with their texts or their originals")
+    a = p.parse_args(arguments)
+    a.condition = a.condition or ("images" if a.images and not a.prompts else "texts")
+    if a.condition == "images" and not a.images:
+        p.error("--condition images needs --images SOURCE")
+    if a.condition == "images" and a.prompts:
+        p.error("--condition images uses no texts: leave --prompts out")
+    if a.features and not a.images:
+        p.error("--features is for distances to real images: give --images SOURCE too")
+    if a.condition == "texts" and a.prompts is None:
+        a.prompts = "200"
+    index, devices = int((a.device or "").partition(":")[2] or 0), torch.cuda.device_count()
+    if a.device not in (None, "cpu") and index >= devices:
+        p.error(f"--device {a.device}: PyTorch sees {devices} CUDA devices here, --device cpu is "
+                "always there")
     if a.sheet:
-        a.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet([(t, im) for (t, _), im in zip(prompts, images, strict=True)][:32]).save(a.sheet)
-    for (text, _), *hits in zip(prompts, *(right[q] for q in QUESTIONS), strict=True):
-        if not all(hits):
-            wrong = [q for q, hit in zip(QUESTIONS, hits, strict=True) if not hit]
-            print(f"wrong {', '.join(wrong)}: {text}", file=sys.stderr)
-    scores = {f"{q}_right": round(sum(hits) / len(hits), 4) for q, hits in right.items()}
-    print(json.dumps({"judge_on_renders": min(renders.values()), **scores,
-                      "n_prompts": len(prompts), "candidates": a.candidates,
-                      "seconds": round(time.time() - began, 1)}))
-    if min(renders.values()) < 0.99:
+        if a.sheet.suffix.lower() != ".png" or a.sheet.is_dir():
+            p.error(f"--sheet {a.sheet} must be a file that ends in .png")
+        try:
+            a.sheet.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            p.error(f"--sheet {a.sheet} cannot be written ({error.strerror}): name another file")
+    return a
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """The result, which is also the last line of stdout."""
+    a = parse_arguments(arguments)
+    try:
+        result = evaluate(a)
+    except (ValueError, FileNotFoundError) as error:  # one sentence: what is wrong and what to do
+        raise SystemExit(str(error)) from None
+    columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
+    for row in (columns.values(), ["---"] * len(columns), [str(result[key]) for key in columns]):
+        print("|", " | ".join(row), "|")
+    print(json.dumps(result))
+    if result.get("judge_on_renders", 1) < 0.99:
         raise SystemExit("the judge gets fewer than 99 % of new renders right, so its word counts "
                          "for little: train it again with scripts.judge --train")
+    return result
+
+
+def evaluate(a: argparse.Namespace) -> dict:
+    """Everything between the arguments and the result."""
+    began = time.time()
+    texts, combinations = [], []
+    if a.condition == "texts":
+        texts, combinations = read_prompts(a.prompts, a.count, a.seed)
+    model = ClipGen.load(a.bundle, a.device)
+    device, size = model.clip.device, model.vqgan.config.image_size
+    known = check_texts(model, texts, world=bool(combinations))
+    clip, clip_name = scoring_clip(model, a.score_clip)
+    network = load_network(a.features, clip, clip_name) if a.images else None
+    names, real, other = [], None, None
+    if a.images:
+        names, real, other = read_real(a.images, size, len(texts) or a.count, a.seed)
+        if other is None and not texts:
+            print(f"{a.images} has fewer than {2 * len(real)} readable images, so samples are "
+                  "compared with the very images they were sampled from, which flatters them",
+                  file=sys.stderr)
+    judge = load_judge() if combinations else None
+    scores = {"judge_on_renders": on_renders(judge)} if judge else {}
+
+    conditions = texts or real
+    settings = asdict(model.sampling) | {name: getattr(a, name) for name in
+                                         ("guidance", "temperature", "top_p")
+                                         if getattr(a, name) is not None}
+    generated, seconds = sample(model, conditions, a.seed, a.candidates, settings)
+    scores |= fit(clip, generated, conditions, a.seed)
+    if judge:
+        scores |= verdicts(judge, generated, texts, combinations)
+    if network:
+        scores |= distances(network, generated, real, other, device)
+    result = {
+        "bundle": str(a.bundle), "condition": a.condition, "prompts": a.prompts, "images": a.images,
+        **{name: float(f"{score:.5g}") for name, score in scores.items()},
+        "n_prompts": len(texts), **known, "n_generated": len(generated),
+        "n_real": 0 if real is None else len(real), "independent": network and other is not None,
+        "image_size": size, "retrieval_among": min(AMONG, len(generated)), "score_clip": clip_name,
+        "features": network and network.name, "dimensions": network and network.dimensions,
+        "resize": network and network.resize, "candidates": a.candidates, **settings,
+        "seed": a.seed, "device": str(device),
+        "dtype": str(model.gpt.position.dtype).removeprefix("torch."),
+        "seconds": round(time.time() - began, 1),
+        "seconds_per_image": float(f"{seconds / len(generated):.3g}")}
+    if a.sheet:
+        draw_sheet(result, generated, texts, names, real).save(a.sheet)
+    return result
+
+
+def check_texts(model: ClipGen, texts: list[str], world: bool) -> dict[str, int]:
+    """How many texts CLIP cuts and how many words it never saw; ValueError: such in its `world`."""
+    unknown = sorted({word for text in texts for word in model.clip.unknown_words(text)})
+    if world and unknown:
+        raise ValueError("this bundle was not trained on the world of scripts.scenes, its CLIP "
+                         f"never saw {', '.join(map(repr, unknown[:3]))}: give --prompts FILE or "
+                         "--images SOURCE")
+    if unknown:
+        print(f"CLIP never saw {len(unknown)} words of these texts in training and will guess: "
+              f"{', '.join(map(repr, unknown[:20]))}", file=sys.stderr)
+    if truncated := sum(model.clip.truncated(text) for text in texts):
+        print(f"{truncated} texts are longer than CLIP's {model.clip.context_length} tokens; their "
+              "ends were cut off", file=sys.stderr)
+    return {"n_truncated": truncated, "n_unknown_words": len(unknown)}
+
+
+def scoring_clip(model: ClipGen, source: str | None) -> tuple[CLIP, str]:
+    """The CLIP that scores, on the model's device, and what the report calls it."""
+    if source:
+        clip, name = load_clip(source).to(model.clip.device), f"CLIP {source}"
+    else:
+        clip, name = model.clip, "the bundle's own CLIP"
+        print("CLIP score, R@1 and CLIP features are by the CLIP that also steered and ranked the "
+              "images, which flatters them: --score-clip takes another", file=sys.stderr)
+    if clip.config.text_embedding_mean or clip.config.image_embedding_mean:
+        name += ", its embeddings less their means"
+    return clip, name
+
+
+def read_real(source: str, size: int, count: int | None,
+              seed: int) -> tuple[list[str], Tensor, Tensor | None]:
+    """Names and pixels uint8 (N, 3, size, size) of N real images, and as many other ones.
+
+    N is `count` (None: at most 1000, and no more than half of all), or less where there are fewer;
+    the others are None where there are fewer than 2 N.
+    """
+    train, validation = open_images(source)
+    images = validation or train
+    count = count or max(2, min(OWN_IMAGES, len(images) // 2))
+    names, views = read_views(images, size, 2 * count, seed)
+    if min(count, len(views)) < 2:
+        raise ValueError(f"a distance needs at least 2 real images and 2 samples, got {len(views)} "
+                         f"and {count}: give more, or leave --images out")
+    return names[:count], views[:count], views[count:] if len(views) == 2 * count else None
+
+
+def read_views(images: Images, size: int, count: int, seed: int) -> tuple[list[str], Tensor]:
+    """Names and pixels uint8 (N, 3, size, size) of N readable images, at most `count`.
+
+    They are drawn by seed.  Unreadable ones are skipped and named on stderr.
+    """
+    names: list[str] = []
+    views: list[Tensor] = []
+    skipped: list[str] = []
+    bar = tqdm(total=min(count, len(images)), unit="image", desc="reading images")
+    for i in np.random.default_rng(seed).permutation(len(images)).tolist():
+        if len(names) == count:
+            break
+        try:
+            views.append(torch.as_tensor(centre_view(images.image(i), size)))
+        except UnreadableImage as error:
+            skipped.append(str(error))
+            continue
+        names.append(images.names[i])
+        bar.update()
+    bar.close()
+    if skipped:
+        print(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped[:20])}",
+              file=sys.stderr)
+    if not names:
+        raise ValueError(f"none of these {len(images)} images can be read: give others")
+    return names, torch.stack(views)
+
+
+def on_renders(judge: Judge) -> float:
+    """The judge's share right on 1,000 new renders, of the question it answers worst."""
+    shares = score_on_renders(judge, 1000, random.SystemRandom().randrange(*JUDGE_SEEDS))
+    print(f"judge on 1,000 new renders: {shares}", file=sys.stderr)
+    return min(shares.values())
+
+
+def embed(clip: CLIP, conditions: list[str] | Tensor) -> Tensor:
+    """Unit rows (N, D) of texts, or of images uint8 (N, 3, S, S)."""
+    if isinstance(conditions, Tensor):
+        return torch.cat([clip.embed_pixels(part.float() / 255)
+                          for part in conditions.split(IMAGES_PER_PASS)])
+    # One by one, as `generate` does: another number of rows rounds differently.
+    return torch.cat([clip.embed_texts([text]) for text in conditions])
+
+
+def sample(model: ClipGen, conditions: list[str] | Tensor, seed: int, candidates: int,
+           settings: dict[str, float]) -> tuple[Tensor, float]:
+    """Images uint8 (N, 3, S, S), one for each text or image (uint8), and the seconds it took.
+
+    Image i is that of `generate(texts[i], num_images=1, candidates=candidates, seed=seed + i *
+    candidates)`, but the candidates of several texts share the sampler's blocks.
+    """
+    began, best = time.perf_counter(), []
+    group = max(1, TOGETHER // candidates)
+    bar = tqdm(total=len(conditions), unit="image", desc="sampling")
+    for start in range(0, len(conditions), group):
+        embeddings = embed(model.clip, conditions[start:start + group])
+        first = seed + start * candidates
+        seeds = [(first + i) % SEEDS for i in range(len(embeddings) * candidates)]
+        codes = model.sample(embeddings.repeat_interleave(candidates, 0), seeds, **settings)
+        for embedding, pixels in zip(embeddings, model.decode(codes).split(candidates),
+                                     strict=True):
+            nearest = (model.clip.embed_pixels(pixels) @ embedding).argmax()
+            best.append((pixels[nearest] * 255).round().to("cpu", torch.uint8))
+        bar.update(len(embeddings))
+    bar.close()
+    return torch.stack(best), time.perf_counter() - began
+
+
+def fit(clip: CLIP, generated: Tensor, conditions: list[str] | Tensor,
+        seed: int) -> dict[str, float]:
+    """How near the images are to what they were sampled from: CLIP score or CLIP-I, and R@1."""
+    images, targets = (embed(clip, x).cpu().numpy() for x in (generated, conditions))
+    name = "clip_i" if isinstance(conditions, Tensor) else "clip_score"
+    return {name: metrics.clip_score(images, targets),
+            "retrieval_r1": metrics.retrieval_r1(images, targets, seed, AMONG)}
+
+
+def verdicts(judge: Judge, generated: Tensor, texts: list[str],
+             combinations: list[tuple[str, str, str]]) -> dict[str, float]:
+    """The shares of images that the judge finds right; wrong ones are named on stderr."""
+    right = judge.right(generated.float() / 255, combinations)
+    for text, *hits in zip(texts, *right.values(), strict=True):
+        if wrong := [question for question, hit in zip(right, hits, strict=True) if not hit]:
+            print(f"wrong {', '.join(wrong)}: {text}", file=sys.stderr)
+    return {f"{question}_right": sum(hits) / len(hits) for question, hits in right.items()}
+
+
+def distances(network: Network, generated: Tensor, real: Tensor, other: Tensor | None,
+              device: torch.device) -> dict[str, float]:
+    """Fréchet distances by blur, MMD and Inception score of images uint8 (N, 3, S, S).
+
+    They are compared with `other`, as many real images that nothing was sampled from, else with
+    `real`; both distances take as many of either set.
+    """
+    count = min(len(generated), len(real))
+    if count <= network.dimensions:
+        print(f"{count} images are too few for {network.dimensions} dimensions: the covariances "
+              "are singular and Fréchet distances much too high; take more images, or MMD, which "
+              "is unbiased", file=sys.stderr)
+    a = blurred_features(network, generated, device)
+    b = blurred_features(network, real if other is None else other, device)
+    scores = {f"frechet_distance_blur_{radius}" if radius else "frechet_distance":
+              metrics.frechet_distance(a[i, :count], b[i, :count])
+              for i, radius in enumerate(RADII)}
+    if other is not None:
+        halves = blurred_features(network, real, device, radii=(0,))[0], b[0]
+        scores["frechet_distance_real"] = metrics.frechet_distance(*halves)
+        scores["mmd_real"] = metrics.mmd(*halves)
+    scores["mmd"] = metrics.mmd(a[0, :count], b[0, :count])
+    if network.classify:
+        probabilities = network.classify(torch.from_numpy(a[0])).cpu().numpy()
+        scores["inception_score"] = metrics.inception_score(probabilities, min(10, len(a[0])))
+    return scores
+
+
+def draw_sheet(result: dict, generated: Tensor, texts: list[str], names: list[str],
+               real: Tensor | None) -> Image.Image:
+    """The first images with their texts, or, sampled from images, beside those."""
+    images = [to_image(image / 255) for image in generated[:IN_SHEET]]
+    if texts:
+        cells, of = list(zip(texts, images, strict=False)), "the text below"
+    else:
+        cells, of = [], "the CLIP embedding of the image on its left"
+        for name, original, image in zip(names, real, images[:IN_SHEET // 2], strict=False):
+            cells += [(f"original: {Path(name).name}", to_image(original / 255)),
+                      ("sampled from the image's embedding", image)]
+    best = ("one sample each" if result["candidates"] == 1
+            else f"the best of {result['candidates']} by CLIP")
+    shown = len(cells) if texts else len(cells) // 2
+    return sheet(cells, f"{result['bundle']}: each image sampled from {of}, {best}, guidance "
+                        f"{result['guidance']:g}; the first {shown} of {len(generated)}")
 
 
 if __name__ == "__main__":

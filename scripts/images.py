@@ -1,92 +1,348 @@
-"""Images for training, from a folder, a zip or a tar, with the captions beside them if any."""
+"""Images of a folder, a zip, a tar, WebDataset shards or a preset: read one by one, where they lie.
+
+    images, validation = open_images("photos/")           # any depth; or photos.zip, photos.tar
+    images, validation = open_images("data/{0000..0099}.tar")
+    images, validation = open_images("coco:/data/coco")   # PRESETS below
+
+Opening lists the names and where each image lies; pixels are read when asked for, and nothing is
+ever unpacked to disk.  NAME.txt beside an image holds its captions, one a line, NAME.json its
+labels; as in WebDataset, NAME may also end at the first dot.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import hashlib
 import io
 import json
+import os
 import sys
-import tarfile
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+from scripts.archives import Place, Reader, clean, list_files
 
-
-@dataclass
-class ImageSet:
-    pixels: Tensor  # uint8 (N, 3, S, S)
-    captions: list[list[str]] = field(default_factory=list)  # lines of NAME.txt, empty without one
-    labels: list[dict] = field(default_factory=list)  # NAME.json, empty without one
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def batch(self, index: Tensor) -> Tensor:
-        """Pixels float (len(index), 3, S, S) in [0, 1]."""
-        return self.pixels[index].float() / 255
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # an ending may lie, the content decides
+# Place without its path, whose number in a list stands for it: a million take 60 MB.
+PLACE = np.dtype([("path", "i4"), ("offset", "i8"), ("size", "i8"), ("how", "i1")])
+NOWHERE = (-1, 0, 0, 0)
+IMAGE, TEXT, LABELS = range(3)  # columns of places
 
 
-def read_files(source: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every file in a folder at any depth, a zip or a tar, not unpacked."""
-    if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.is_file()):
-            yield path.relative_to(source).as_posix(), path.read_bytes()
-    elif source.is_file() and zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    yield name, archive.read(name)
-    elif source.is_file() and tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for member in archive:
-                if member.isfile():
-                    yield member.name, archive.extractfile(member).read()
-    else:
-        raise ValueError(f"{source} is no folder, zip or tar: give one that holds images")
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded; the message is `NAME: reason`."""
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """The image in a file: uint8 (size, size, 3), upright, alpha on white, centre-cropped."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def decode_image(data: bytes, least: int | None = None) -> Image.Image:
+    """The image in a file: RGB, upright, transparency on white, 16 bits scaled to 8.
+
+    Of an animation the first frame.  With `least` a JPEG may come at a half, quarter or eighth of
+    its size, shorter side at least `least`, which is many times faster.  UnreadableImage: the
+    reason, without a name; Pillow refuses more than 178,956,970 pixels before it decodes any.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what matters ends up in an error
+            return _decode(data, least)
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage("no image of a known format") from None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise UnreadableImage(str(error) or type(error).__name__) from None
+
+
+def _decode(data: bytes, least: int | None) -> Image.Image:
+    if not data:
+        raise UnreadableImage("the file is empty")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if least:
+        shrink = min(image.size) / least
+        image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise UnreadableImage("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return image.convert("RGB")
 
 
-def read_images(source: Path, size: int) -> ImageSet:
-    """Every readable image of `source`; unreadable ones are counted and named on stderr."""
-    pixels: dict[str, np.ndarray] = {}
-    captions: dict[str, list[str]] = {}
-    labels: dict[str, dict] = {}
-    skipped: list[str] = []
-    for name, data in read_files(source):
-        path = PurePosixPath(name)
-        stem, ending = str(path.with_suffix("")), path.suffix.lower()
-        if ending in ENDINGS:
-            try:
-                pixels[stem] = decode_image(data, size)
-            except Exception as error:  # Pillow raises many kinds; one file is no reason to stop
-                skipped.append(f"{name} ({error})")
-        elif ending == ".txt":
-            captions[stem] = data.decode(errors="replace").splitlines()
-        elif ending == ".json":
-            labels[stem] = json.loads(data)
-    if skipped:
-        print(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped[:20])}",
-              file=sys.stderr)
-    if not pixels:
-        raise ValueError(f"no readable image ({', '.join(ENDINGS)}) in {source}")
-    stacked = torch.from_numpy(np.stack(list(pixels.values()))).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(stacked, [captions.get(stem, []) for stem in pixels],
-                    [labels.get(stem, {}) for stem in pixels])
+class Images:
+    """Named images in a fixed order; picklable, and safe to use in forked and spawned workers."""
+
+    def __init__(self, names: list[str], paths: list[str], places: np.ndarray,
+                 table: dict[str, list[str]] | None = None):
+        """`places`: PLACE (N, 3), where each image lies, its captions and its labels.
+
+        `table`: captions by name, instead of those beside the images.
+        """
+        self.names = names
+        self._paths, self._places, self._table = paths, places, table
+        self._reader = Reader()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int, least: int | None = None) -> Image.Image:
+        """Image i as `decode_image` makes it; UnreadableImage says `NAME: reason`."""
+        data = self._read(i, IMAGE)
+        try:
+            return decode_image(data, least)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{self.names[i]}: {error}") from None
+
+    def captions(self, i: int) -> list[str]:
+        """The captions of image i; empty without any.  UnreadableImage: their file is damaged."""
+        if self._table is not None:
+            return next((self._table[k] for k in _keys(self.names[i]) if k in self._table), [])
+        lines = self._read(i, TEXT).decode("utf-8-sig", errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
+    def labels(self, i: int) -> dict:
+        """What NAME.json holds for image i; empty without one.  ValueError: it is damaged."""
+        data = self._read(i, LABELS)
+        try:
+            labels = json.loads(data or "{}")
+        except ValueError:
+            raise ValueError(f"the .json beside {self.names[i]} is not valid JSON: mend or remove "
+                             "it") from None
+        return labels if isinstance(labels, dict) else {"label": labels}
+
+    def subset(self, indices: Iterable[int]) -> Images:
+        """The images at `indices`, in that order."""
+        indices = [int(i) for i in indices]
+        return Images([self.names[i] for i in indices], self._paths, self._places[indices],
+                      self._table)
+
+    def with_captions(self, table: dict[str, list[str]]) -> Images:
+        """The same images with the captions of `table`, by name with or without its ending."""
+        return Images(self.names, self._paths, self._places, table)
+
+    def fingerprint(self) -> str:
+        """sha256 over names and sizes in bytes: which images these are."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.names, self._places["size"][:, IMAGE].tolist(), strict=True):
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\n" % size)
+        return digest.hexdigest()
+
+    def _read(self, i: int, kind: int) -> bytes:
+        """The content of a file; empty where there is none.  UnreadableImage: `NAME: reason`."""
+        path, *rest = self._places[i, kind].item()
+        if path < 0:
+            return b""
+        try:
+            return self._reader.read(Place(self._paths[path], *rest))
+        except (ValueError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnreadableImage(f"{self.names[i]}: {reason}") from None
+
+
+def _keys(name: str) -> tuple[str, str, str]:
+    """What an image is called: its name, the name without the ending, and up to the first dot."""
+    folder, slash, base = name.rpartition("/")
+    return name, folder + slash + base.rpartition(".")[0], folder + slash + base.partition(".")[0]
+
+
+def _list(path: str) -> tuple[list[str], list[str], np.ndarray, bool]:
+    """names, paths, places (N, 3), and whether archives lie among the files of one source."""
+    files: dict[str, Place] = {}  # of two members of one name the later one counts, as in tar
+    archives = False
+    for name, place in list_files(path):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in (*ENDINGS, ".txt", ".json"):
+            files[name] = place
+        archives |= ending in (".tar", ".zip")
+    names = [name for name in files if name.lower().endswith(ENDINGS)]
+    paths: dict[str, int] = {}
+    places = np.full((len(names), 3), np.array(NOWHERE, PLACE))
+    for i, name in enumerate(names):
+        _, stem, key = _keys(name)
+        beside = [files.get(stem + ending) or files.get(key + ending)
+                  for ending in (".txt", ".json")]
+        for kind, place in enumerate([files[name], *beside]):
+            if place:
+                places[i, kind] = (paths.setdefault(place.path, len(paths)), *place[1:])
+    return names, list(paths), places, archives
+
+
+def _open_all(paths: Sequence[str], source: str) -> Images:
+    """The images of `source`; where it stands for several shards, their names start with a shard's.
+
+    ValueError: no image in any.
+    """
+    above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    if len(paths) > 8:  # a shard of 10,000 images takes a core most of a second
+        with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            listed = list(tqdm(pool.map(_list, paths), "listing", len(paths), unit=" shards"))
+    else:
+        listed = [_list(path) for path in paths]
+    names, on_disk, places = [], [], []
+    for path, (found, where, place, _) in zip(paths, listed, strict=True):
+        prefix = "" if path == source else f"{os.path.relpath(path, above)}/"
+        names += [prefix + name for name in found]
+        place["path"][place["path"] >= 0] += len(on_disk)
+        on_disk += where
+        places.append(place)
+    if not names:
+        hint = ("; it holds archives: give one, or several as 'FOLDER/{0000..0099}.tar'"
+                if any(other for *_, other in listed) else ": give a folder, zip or tar of images")
+        raise ValueError(f"{source} holds no image ({', '.join(ENDINGS)}){hint}")
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return Images(names, on_disk, np.concatenate(places)).subset(order)
+
+
+def _expand(pattern: str) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    paths = expand_urls(pattern)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{len(missing)} of the {len(paths)} shards of {pattern} do not exist, "
+                         f"the first is {missing[0]}: shards must be files on this disk")
+    return sorted(set(paths))
+
+
+def _needed(preset: str, root: Path, layout: str, *names: str) -> list[Path]:
+    """root/NAME for each name.  ValueError: the first that is missing."""
+    for name in ("", *names):
+        if not (root / name).exists():
+            raise ValueError(f"{preset}:{root} needs {root / name}, which does not exist: the "
+                             f"layout is {layout}")
+    return [root / name for name in names]
+
+
+def _coco(root: Path) -> tuple[Images, Images]:
+    train, val, train_captions, val_captions = _needed(
+        "coco", root, "train2017/, val2017/ and annotations/captions_{train,val}2017.json",
+        "train2017", "val2017", "annotations/captions_train2017.json",
+        "annotations/captions_val2017.json")
+    images, validation = _open_all([str(train)], str(train)), _open_all([str(val)], str(val))
+    return (images.with_captions(read_captions(train_captions)),
+            validation.with_captions(read_captions(val_captions)))
+
+
+def _imagenet(root: Path) -> tuple[Images, Images]:
+    train, val = _needed("imagenet", root, "train/CLASS/*.JPEG and val/, with or without classes",
+                         "train", "val")
+    return _open_all([str(train)], str(train)), _open_all([str(val)], str(val))
+
+
+def _googlecc(root: Path) -> tuple[Images, Images | None]:
+    """What img2dataset makes of Conceptual Captions: 00000.tar ... of key.jpg, .txt and .json."""
+    layout = "img2dataset's 00000.tar, 00001.tar ..., directly or in train/ and val/"
+    _needed("googlecc", root, layout)
+
+    def shards(folder: Path) -> Images:
+        paths = sorted(str(path) for path in folder.glob("*.tar"))
+        if not paths:
+            raise ValueError(f"googlecc:{root} finds no .tar in {folder}: the layout is {layout}")
+        return _open_all(paths, str(folder))
+
+    if not (root / "train").is_dir():
+        return shards(root), None
+    return shards(root / "train"), shards(root / "val") if (root / "val").is_dir() else None
+
+
+PRESETS = {"coco": _coco, "imagenet": _imagenet, "googlecc": _googlecc}
+
+
+def open_images(source: str | Path, captions: Path | None = None) -> tuple[Images, Images | None]:
+    """The images of `source` and, where a preset has them, its validation images.
+
+    `captions`: a file that `read_captions` takes, used instead of what lies beside the images.
+    ValueError, one sentence: the source is missing, empty, of another layout or unreadable.
+    """
+    source = str(source)
+    preset, _, root = source.partition(":")
+    if preset in PRESETS and root:
+        images, validation = PRESETS[preset](Path(root).expanduser())
+    elif "{" in source and not os.path.exists(source):
+        images, validation = _open_all(_expand(source), source), None
+    else:
+        images, validation = _open_all([source], source), None
+    if captions:
+        table = read_captions(captions)
+        _report_unmatched(captions, table, [images, validation] if validation else [images])
+        images = images.with_captions(table)
+        validation = validation.with_captions(table) if validation else None
+    return images, validation
+
+
+def _report_unmatched(path: Path, table: dict[str, list[str]], sets: Sequence[Images]) -> None:
+    unmatched = table.keys() - {key for images in sets for name in images.names
+                                for key in _keys(name)}
+    if len(unmatched) == len(table):
+        raise ValueError(f"none of the {len(table)} names in {path} is that of an image such as "
+                         f"{sets[0].names[0]}: names are paths relative to the source")
+    if unmatched:
+        print(f"{path}: {len(unmatched)} of {len(table)} names match no image, such as "
+              f"{min(unmatched)}", file=sys.stderr)
+
+
+def read_captions(path: Path) -> dict[str, list[str]]:
+    """Captions by image name, of lines `NAME<TAB>caption` or of COCO's JSON (ending .json).
+
+    ValueError: the file is missing, of another form, or holds none.
+    """
+    table: dict[str, list[str]] = {}
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"the captions {path} cannot be read: {error.strerror}") from None
+    if Path(path).suffix.lower() == ".json":
+        try:
+            data = json.loads(text)
+            names = {image["id"]: image["file_name"] for image in data["images"]}
+            for annotation in data["annotations"]:
+                table.setdefault(names[annotation["image_id"]], []).append(
+                    annotation["caption"].strip())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path} is no COCO captions file: it needs images (id, file_name) "
+                             "and annotations (image_id, caption)") from None
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            name, tab, caption = line.partition("\t")
+            if tab and caption.strip():
+                table.setdefault(clean(name.strip()), []).append(caption.strip())
+            elif line.strip():
+                raise ValueError(f"{path}, line {number} is not NAME<TAB>caption: "
+                                 f"{line[:60]!r}")
+    if not table:
+        raise ValueError(f"{path} holds no caption: give lines of NAME<TAB>caption")
+    return table
+
+
+def _by_hash(images: Images) -> list[int]:
+    """Indices in an order that depends on nothing but the names."""
+    return sorted(range(len(images)), key=lambda i: hashlib.sha256(
+        images.names[i].encode("utf-8", "surrogateescape")).digest())
+
+
+def draw(images: Images, count: int) -> Images:
+    """`count` images chosen by a hash of their names, in the order they had; all if fewer."""
+    return images.subset(sorted(_by_hash(images)[:count]))
+
+
+def split(images: Images, share: float, most: int = 5000) -> tuple[Images, Images]:
+    """(rest, held out): `share` of the images, at most `most`, chosen by a hash of their names.
+
+    At least one image ends up on each side.  ValueError: a share outside 0 to 1 (both excluded),
+    or fewer than 2 images.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the held-out share must lie between 0 and 1, got {share}")
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} image cannot be split: give more, or give the validation "
+                         "images yourself")
+    count = max(1, min(round(share * len(images)), most, len(images) - 1))
+    order = _by_hash(images)
+    return images.subset(sorted(order[count:])), images.subset(sorted(order[:count]))

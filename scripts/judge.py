@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scripts import scenes
-from scripts.runs import Average, adamw, learning_rate, set_learning_rate
+from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 QUESTIONS = {"object": list(scenes.OBJECTS), "place": list(scenes.PLACES),

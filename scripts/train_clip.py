@@ -1,145 +1,217 @@
 """Train a small CLIP on images with captions (for bundles that bring their own).
 
     python -m scripts.train_clip runs/scenes.tar --run runs/clip [--steps 4000]
+    accelerate launch -m scripts.train_clip ...      on several devices
 
 Captions are read from NAME.txt beside each image, one a line; one is drawn at every use.  The
 vocabulary keeps the tokens that occur in them, so that the bundle can say which words it never saw.
-The loss is CLIP's symmetric cross-entropy (arXiv 2103.00020).
+The loss is CLIP's symmetric cross-entropy (arXiv 2103.00020) over the batches of all processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.nn.functional as distributed
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
 
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
-from scripts.images import ImageSet, read_images
-from scripts.runs import (
-    Average,
-    Run,
-    adamw,
-    learning_rate,
-    save_weights,
-    set_learning_rate,
-    settings_of,
-)
+from scripts import runs
+from scripts.feed import Feed, open_parts, stack_views
+from scripts.images import Images
+from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
+
+RETRIEVED = 100  # texts that an image's own is looked for among
 
 
-def small_config(vocabulary: tuple[int, ...]) -> CLIPConfig:
+def small_config(vocabulary: tuple[int, ...], a: argparse.Namespace) -> CLIPConfig:
     """A convolutional image tower (its feature maps also serve as perceptual loss)."""
     return CLIPConfig(
-        model={"embed_dim": 128, "quick_gelu": False,
-               "vision_cfg": {"image_size": 64, "layers": [1, 2, 2, 1], "width": 24,
+        model={"embed_dim": a.embedding_dim, "quick_gelu": False,
+               "vision_cfg": {"image_size": a.size, "layers": [1, 2, 2, 1], "width": a.width,
                               "head_width": 64},
-               "text_cfg": {"context_length": 32, "vocab_size": len(vocabulary), "width": 128,
-                            "heads": 4, "layers": 3}},
+               "text_cfg": {"context_length": 32, "vocab_size": len(vocabulary),
+                            "width": a.text_width, "heads": a.text_width // 32,
+                            "layers": a.text_layers}},
         vocabulary=vocabulary)
 
 
-def shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to `most` pixels, edges repeated; captions stay true, left and right
-    too."""
-    n, _, h, w = pixels.shape
-    padded = F.pad(pixels, (most, most, most, most), mode="replicate")
-    dy, dx = torch.randint(0, 2 * most + 1, (2, n), generator=generator)
-    return torch.stack([p[:, y:y + h, x:x + w] for p, y, x in zip(padded, dy, dx, strict=True)])
+class SharedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes (torch's own SyncBatchNorm has no CPU form)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        world = torch.distributed.get_world_size()
+        n = world * x.numel() // x.shape[1]
+        exact = x.float()  # in half precision the difference below would be noise
+        moments = torch.stack([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
+        mean, square = distributed.all_reduce(moments) / world
+        variance = square - mean**2
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (exact * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x)
 
 
-@torch.no_grad()
-def retrieval(clip: CLIP, images: ImageSet, count: int = 500) -> float:
-    """Share of images whose nearest caption of 100 is their own, or that of an equal label."""
-    hits = 0
-    for start in range(0, count, 100):
-        index = torch.arange(start, start + 100)
-        embedded = clip.embed_pixels(images.batch(index))
-        texts = [images.captions[i][0] for i in index]
-        nearest = (embedded @ clip.embed_texts(texts).T).argmax(1).tolist()
-        same = images.labels[start:start + 100]
-        hits += sum(texts[j] == texts[i] or same[j] == same[i] != {}
-                    for i, j in enumerate(nearest))
-    return hits / count
+def share_batch_norm(module: nn.Module) -> None:
+    for layer in module.modules():
+        if type(layer).__name__.startswith("BatchNorm"):
+            layer.__class__ = SharedBatchNorm
 
 
-def main() -> None:
+def shift(pixels: Tensor, moves: Tensor) -> Tensor:
+    """Each image of (N, 3, H, W) moved by its (dy, dx) in `moves` (N, 2), -3 to 3 pixels, edges
+    repeated; captions stay true, left and right too."""
+    h, w = pixels.shape[2:]
+    padded = F.pad(pixels, (3, 3, 3, 3), mode="replicate")
+    return torch.stack([p[:, 3 + y:3 + y + h, 3 + x:3 + x + w]
+                        for p, (y, x) in zip(padded, moves.tolist(), strict=True)])
+
+
+class Pair(nn.Module):
+    """Both towers and the scale in one forward pass, as gradient sync wants it."""
+
+    def __init__(self, clip: CLIP):
+        super().__init__()
+        self.model = clip.model
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (F.normalize(self.model.encode_image(pixels), dim=-1),
+                F.normalize(self.model.encode_text(tokens), dim=-1), self.model.logit_scale.exp())
+
+
+class CLIPTraining:
+    """See `runs.Training`."""
+
+    def __init__(self, a: argparse.Namespace, accelerator: Accelerator, steps: int, clip: CLIP,
+                 images: Images, lines: list[list[str]],
+                 held: tuple[Tensor, list[str], list[dict]]):
+        self.a, self.accelerator, self.steps, self.held = a, accelerator, steps, held
+        self.clip = copy.deepcopy(clip).to(accelerator.device).train()
+        self.clip.to(memory_format=torch.channels_last)
+        if accelerator.num_processes > 1:
+            share_batch_norm(self.clip)
+        self.lines = lines
+        texts = sorted({line for each in lines for line in each})
+        self.tokens = dict(zip(texts, clip.tokenize(texts), strict=True))
+        self.feed = Feed(images, a.size, a, accelerator, steps)
+        self.average = Average(self.clip, a.ema)
+        self.evaluated = copy.deepcopy(clip).to(accelerator.device).eval()
+        self.wrapped, self.optimizer = accelerator.prepare(Pair(self.clip),
+                                                           adamw(self.clip, a.lr, 0.1))
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        a, accelerator = self.a, self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        mine = slice(rank * a.batch, (rank + 1) * a.batch)
+        generator = runs.generator(a.seed, step)
+        index, pixels = self.feed(step)
+        which = torch.rand(world * a.batch, generator=generator)[mine].tolist()
+        moves = torch.randint(-3, 4, (world * a.batch, 2), generator=generator)[mine]
+        lines = [self.lines[i] for i in index]
+        tokens = torch.stack([self.tokens[c[int(u * len(c))]]
+                              for c, u in zip(lines, which, strict=True)])
+        pixels = shift(pixels.float() / 255, moves).to(accelerator.device)
+        pixels = self.clip.preprocess(pixels).contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            image, text, scale = self.wrapped(pixels, tokens.to(accelerator.device))
+        image, text = image.float(), text.float()
+        if world > 1:
+            image, text = (torch.cat(distributed.all_gather(x)) for x in (image, text))
+        logits = scale * image @ text.T
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        set_learning_rate(self.optimizer, learning_rate(step, self.steps, a.lr, a.warmup))
+        self.optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self.clip.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.clip.model.logit_scale.clamp_(0, 4.6052)  # CLIP's limit: ln 100
+        self.average.update(self.clip, step)
+        return {"loss": loss, "scale": scale}
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.clip.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.clip.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load(state["average"])
+
+    @torch.no_grad()
+    def validate(self) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """`retrieval`: share of held-out images whose nearest caption of 100 is their own, or one
+        of an image with equal labels."""
+        self.evaluated.load_state_dict(self.average.state)
+        pixels, texts, labels = self.held
+        hits = 0
+        for start in range(0, len(pixels), RETRIEVED):
+            part = slice(start, start + RETRIEVED)
+            embedded = self.evaluated.embed_pixels(pixels[part].float() / 255)
+            nearest = (embedded @ self.evaluated.embed_texts(texts[part]).T).argmax(1).tolist()
+            named, same = texts[part], labels[part]
+            hits += sum(named[j] == named[i] or same[j] == same[i] != {}
+                        for i, j in enumerate(nearest))
+        return {"retrieval": hits / len(pixels)}, {}
+
+
+def main(arguments: list[str] | None = None) -> dict:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("images", type=Path)
-    p.add_argument("--validation", type=Path, help="images with captions that are not trained on")
-    p.add_argument("--run", type=Path, required=True, help="directory of checkpoints and result")
-    p.add_argument("--size", type=int, default=64)
-    p.add_argument("--steps", type=int, default=4000)
-    p.add_argument("--batch", type=int, default=192)
-    p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
-    torch.manual_seed(a.seed)
-    images = read_images(a.images, a.size)
-    if not all(images.captions):
-        raise SystemExit(f"{images.captions.count([])} images of {a.images} have no NAME.txt: "
-                         "a CLIP learns from captions")
-    held = read_images(a.validation, a.size) if a.validation else None
-    tokens_of = sorted({line for lines in images.captions for line in lines})
-    vocabulary = vocabulary_of(tokens_of)
-    clip = CLIP(small_config(vocabulary))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip.to(device, memory_format=torch.channels_last)
-    tokens = dict(zip(tokens_of, clip.tokenize(tokens_of), strict=True))
-    optimizer = adamw(clip, a.lr, 0.1)
-    average = Average(clip, 0.999)
-    run = Run(a.run, settings_of(a))
-    first = 0
-    if state := run.resume():
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.state = state["average"]
-        first = state["step"]
-    loss_sum = 0.0
-    for step in range(first, a.steps):
-        generator = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
-        index = torch.randint(len(images), (a.batch,), generator=generator)
-        lines = [images.captions[i] for i in index]
-        which = torch.rand(a.batch, generator=generator).tolist()
-        batch = torch.stack([tokens[c[int(u * len(c))]] for c, u in zip(lines, which, strict=True)])
-        pixels = shift(images.batch(index), 3, generator).to(device)
-        pixels = clip.preprocess(pixels).contiguous(memory_format=torch.channels_last)
-        image = F.normalize(clip.model.encode_image(pixels), dim=-1)
-        text = F.normalize(clip.model.encode_text(batch.to(device)), dim=-1)
-        logits = clip.model.logit_scale.exp() * image @ text.T
-        target = torch.arange(a.batch, device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        set_learning_rate(optimizer, learning_rate(step, a.steps, a.lr, 200))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            clip.model.logit_scale.clamp_(0, 4.6052)  # CLIP's limit: ln 100
-        average.update(clip, step)
-        loss_sum += loss.item()
-        done = step + 1
-        if done % 50 == 0:
-            run.log(done, a.steps, loss=loss_sum / 50, scale=clip.model.logit_scale.exp())
-            loss_sum = 0.0
-        if run.due() or done == a.steps:
-            run.save(done, model=clip.state_dict(), optimizer=optimizer.state_dict(),
-                     average=average.state)
-            if held and len(held) >= 500:
-                clip.eval()
-                run.log(done, a.steps, retrieval=retrieval(clip, held))
-                clip.train()
-    clip.load_state_dict(average.state)
-    clip.eval()
-    save_weights(clip.state_dict(), a.run / "clip.safetensors")
-    config = {"model": clip.config.model, "vocabulary": list(vocabulary)}
-    (a.run / "clip.json").write_text(json.dumps(config))
-    result = {"retrieval_r1_of_100": retrieval(clip, held)} if held and len(held) >= 500 else {}
-    print(json.dumps({"steps": a.steps, **result}))
+    add = p.add_argument
+    add("images", help="folder, zip, tar, shards, or coco:, googlecc: and a folder")
+    add("--captions", type=Path, help="NAME, tab, caption a line; or COCO's captions JSON")
+    add("--validation", help="images with captions that are not trained on (default: a share)")
+    add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
+    add("--size", type=runs.positive, default=64, help="pixels a side (64)")
+    add("--embedding-dim", type=runs.positive, default=128)
+    add("--width", type=runs.positive, default=24, help="of the image tower (24)")
+    add("--text-width", type=runs.positive, default=128)
+    add("--text-layers", type=runs.positive, default=3)
+    runs.add_arguments(p, steps=4000, batch=192, lr=1e-3)
+    add("--warmup", type=runs.whole, default=200, help="steps (200)")
+    add("--ema", type=runs.share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--scale", type=runs.scale, default=1.0, help="least share of the side in a crop (1)")
+    add("--flip", action="store_true", help="mirror too; captions may say left and right")
+    add("--workers", type=runs.whole, default=0, help="processes that read images (0: none apart)")
+    a = p.parse_args(arguments)
+    accelerator = runs.start(a.dtype, a.seed)
+    try:
+        images, held, data = open_parts(a.images, a.validation, a.held_out, a.captions)
+        lines = [images.captions(i) for i in range(len(images))]
+        shown, views = stack_views(held, a.size, 1000)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    texts = [held.captions(i) for i in shown]
+    for given, source in ((lines, a.images), (texts, a.validation or a.images)):
+        if not all(given):
+            raise SystemExit(f"{given.count([])} images of {source} have no caption: give NAME.txt "
+                             "beside each, or --captions")
+    vocabulary = vocabulary_of({line for each in lines for line in each})
+    clip = CLIP(small_config(vocabulary, a))
+    held_set = (views, [each[0] for each in texts], [held.labels(i) for i in shown])
+    training, steps, scores = runs.run(
+        a, accelerator, lambda steps: CLIPTraining(a, accelerator, steps, clip, images, lines,
+                                                   held_set),
+        data=data, clip=clip.config.model)
+    if accelerator.is_main_process:
+        runs.finish(a.run, "clip", training.average.state,
+                    {"model": clip.config.model, "vocabulary": list(vocabulary)})
+    accelerator.wait_for_everyone()
+    return {"steps": steps, "n_images": len(images), "n_held_out": len(shown)} | scores
 
 
 if __name__ == "__main__":
-    main()
+    runs.report(main())

@@ -1,243 +1,337 @@
 """Train a VQGAN on images: no captions, no labels.
 
-    python -m scripts.train_vqgan runs/scenes.tar --run runs/vqgan --clip runs/clip
+    python -m scripts.train_vqgan IMAGES --run runs/vqgan --clip runs/clip
+    accelerate launch -m scripts.train_vqgan ...      on several devices
 
-Loss: L1 + L2 + perceptual (features of the CLIP image tower) + quantiser + hinge GAN from
-`--gan-start`.
-New models have 8-dimensional l2-normalised codes (ViT-VQGAN, arXiv 2110.04627).
+Loss: L1 + L2 + perceptual + quantiser + hinge GAN from `--gan-start`.  New models have codes of 8
+dimensions and unit length (ViT-VQGAN, arXiv 2110.04627); `--published` has the public recipe's.
 
-`--decoder-of runs/vqgan` goes on with the decoder alone: codes, and shards made of them, stay
-valid, so that this can run beside `train_gpt`.
+`--from` fine-tunes the VQGAN of a bundle or run.  `--decoder-of` trains its decoder alone: codes,
+and shards made of them, stay valid, so that this can run beside `train_gpt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clipgen.clip import CLIP, CLIPConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
+from scripts import reconstruction, runs
 from scripts.discriminator import Discriminator, hinge_loss
-from scripts.images import ImageSet, read_images
-from scripts.runs import (
-    Average,
-    Run,
-    adamw,
-    learning_rate,
-    save_weights,
-    set_learning_rate,
-    settings_of,
-)
+from scripts.feed import Feed, open_parts, stack_views
+from scripts.images import Images
+from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
+from scripts.parts import load_clip, load_vqgan
+from scripts.perceptual import LPIPS, CLIPDistance
+
+# What --published sets where a flag is not given: arXiv 2012.09841's recipe at 16,384 codes, with
+# the commitment on the encoder's term and a warm-up that starts above zero.
+PUBLISHED = {"perceptual_loss": "lpips", "perceptual": 1.0, "l2": 0.0, "gan": 0.75,
+             "gan_weight": "adaptive", "lr": 1e-4, "size": 256}
 
 
-class PerceptualLoss(nn.Module):
-    """Distance between feature maps of a convolutional CLIP image tower, unit length at each place.
+class Autoencoder(nn.Module):
+    """Pixels (N, 3, S, S) in [0, 1] to their copy, features, codes and the quantiser's loss."""
 
-    The form is that of LPIPS (arXiv 1801.03924) with every channel weighing the same.
-    """
-
-    def __init__(self, clip: CLIP):
+    def __init__(self, vqgan: VQGAN, commitment: float):
         super().__init__()
-        self.clip = copy.deepcopy(clip).eval().requires_grad_(False)
-        if not hasattr(self.clip.model.visual, "layer1"):
-            raise ValueError("the perceptual loss needs a CLIP with a convolutional image tower")
+        self.vqgan, self.commitment = vqgan, commitment
 
-    def features(self, pixels: Tensor) -> list[Tensor]:
-        tower = self.clip.model.visual
-        x = tower.stem(self.clip.preprocess(pixels).contiguous(memory_format=torch.channels_last))
-        maps = [x]
-        for layer in (tower.layer1, tower.layer2, tower.layer3):
-            x = layer(x)
-            maps.append(x)
-        return [F.normalize(m, dim=1) for m in maps]
-
-    def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """Mean distance of pixels (N, 3, H, W) from target, both around [0, 1]."""
-        with torch.no_grad():
-            wanted = self.features(target)
-        given = self.features(pixels)
-        return sum((a - b).square().sum(1).mean() for a, b in zip(given, wanted, strict=True))
+    def forward(self, pixels: Tensor, quantised: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features = self.vqgan.encoder(pixels * 2 - 1).float()
+        with torch.autocast(features.device.type, enabled=False):
+            vectors, codes, loss = quantise(self.vqgan, features, self.commitment)
+            if not quantised:
+                vectors, loss = self.vqgan.quantizer.normalise(features), 0 * loss
+        return self.vqgan.decoder(vectors).float() * 0.5 + 0.5, features, codes, loss
 
 
-def load_clip_run(directory: Path) -> CLIP:
-    """The CLIP that `train_clip` left in its run directory."""
-    config = json.loads((directory / "clip.json").read_text())
-    clip = CLIP(CLIPConfig(model=config["model"], vocabulary=tuple(config["vocabulary"])))
-    clip.load_state_dict(load_file(directory / "clip.safetensors"))
-    return clip.eval()
-
-
-def load_vqgan_run(directory: Path) -> VQGAN:
-    """The VQGAN that `train_vqgan` left in its run directory."""
-    vqgan = VQGAN(VQGANConfig(**json.loads((directory / "vqgan.json").read_text())))
-    vqgan.load_state_dict(load_file(directory / "vqgan.safetensors"))
-    return vqgan.eval()
-
-
-def quantise(vqgan: VQGAN, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(vqgan: VQGAN, features: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
     """Features (N, D, h, w) to straight-through vectors, codes (N, h, w) and the quantiser's loss.
 
-    Commitment (encoder to code) weighs 0.25, the codebook term 1 (VQ-VAE, arXiv 1711.00937).
+    `commitment` weighs the encoder's term, the codebook's weighs 1 (VQ-VAE, arXiv 1711.00937).
     """
     z = vqgan.quantizer.normalise(features)
     with torch.no_grad():
         codes = vqgan.quantizer.nearest(features)
     vectors = vqgan.quantizer.vectors(codes)
-    loss = 0.25 * F.mse_loss(z, vectors.detach()) + F.mse_loss(vectors, z.detach())
+    loss = commitment * F.mse_loss(z, vectors.detach()) + F.mse_loss(vectors, z.detach())
     return z + (vectors - z).detach(), codes, loss
 
 
 @torch.no_grad()
 def restart_dead_codes(vqgan: VQGAN, used: Tensor, features: Tensor,
                        generator: torch.Generator) -> int:
-    """Move codes that were not used lately onto random encoder outputs; returns how many."""
+    """Move codes that were not used lately (`used` (K,) is 0) onto random encoder outputs.
+
+    Features (N, D, h, w); returns how many were moved.
+    """
     dead = (used == 0).nonzero().flatten()
     pool = vqgan.quantizer.normalise(features).permute(0, 2, 3, 1).flatten(0, 2)
     chosen = pool[torch.randint(len(pool), (len(dead),), generator=generator).to(pool.device)]
+    spread = chosen.std(0).mean() if len(dead) > 1 else 1.0
     noise = torch.randn(chosen.shape, generator=generator).to(pool.device)
-    vqgan.quantizer.embedding.weight[dead] = chosen + 0.01 * noise
+    vqgan.quantizer.embedding.weight[dead] = chosen + 0.03 * spread * noise
     return len(dead)
 
 
 @torch.no_grad()
-def validate(vqgan: VQGAN, images: ImageSet, device: torch.device, grid: Path | None,
-             count: int = 256) -> dict[str, float]:
-    """PSNR in dB (mean over images) and share of codes in use; writes originals over copies."""
-    copies, codes = [], []
-    for start in range(0, min(count, len(images)), 32):
-        pixels = images.batch(torch.arange(start, min(start + 32, len(images)))).to(device)
-        codes.append(vqgan.encode(pixels))
-        copies.append(vqgan.decode(codes[-1]).cpu())
-    result = torch.cat(copies)
-    original = images.batch(torch.arange(len(result)))
-    psnr = -10 * (result - original).square().mean((1, 2, 3)).log10()
-    used = torch.cat(codes).unique().numel() / vqgan.config.codebook_size
-    if grid:
-        pairs = torch.cat([original[:16], result[:16]])  # (32, 3, S, S): 2 rows of 16
-        s = pairs.shape[-1]
-        sheet = pairs.view(2, 16, 3, s, s).permute(0, 3, 1, 4, 2).reshape(2 * s, 16 * s, 3)
-        Image.fromarray((sheet * 255).round().byte().numpy()).save(grid)
-    return {"psnr_db": psnr.mean().item(), "codebook_usage": used}
+def whiten(vqgan: VQGAN, pixels: Tensor) -> None:
+    """Scale the encoder's last layer so that features of these pixels (N, 3, S, S) have mean 0 and
+    covariance 1: a fresh encoder's all but agree, of unit length they would be one single code."""
+    last = vqgan.encoder.final[-1]
+    rows = vqgan.encoder(pixels * 2 - 1).float().permute(0, 2, 3, 1).flatten(0, 2)
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    scale = values.clamp(min=1e-4 * values[-1].clamp(min=1e-12)).rsqrt()
+    white = vectors * scale @ vectors.T  # (D, D)
+    last.weight.copy_((white @ last.weight.flatten(1)).view_as(last.weight))
+    last.bias.copy_(white @ (last.bias - mean))
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("images", type=Path)
-    p.add_argument("--validation", type=Path, help="images that are not trained on")
-    p.add_argument("--run", type=Path, required=True, help="directory of checkpoints and result")
-    p.add_argument("--clip", type=Path, help="run directory of train_clip: the perceptual loss")
-    p.add_argument("--size", type=int, default=64)
-    p.add_argument("--channels", default="32,64,64,128", help="a level each; each halves the size")
-    p.add_argument("--codebook-size", type=int, default=1024)
-    p.add_argument("--steps", type=int, default=12000)
-    p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--lr", type=float, default=1e-3)
-    # Weighs a few wild pixels more than L1 does; a coloured spot in every image was the reason.
-    p.add_argument("--l2", type=float, default=5.0, help="weight")
-    p.add_argument("--perceptual", type=float, default=0.1, help="weight")
-    p.add_argument("--gan", type=float, default=0.02, help="weight")
-    p.add_argument("--gan-start", type=int, default=6000, help="first step with the discriminator")
-    p.add_argument("--decoder-of", type=Path, help="a finished run: train its decoder alone")
-    p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
-    torch.manual_seed(a.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if a.decoder_of:
-        vqgan = load_vqgan_run(a.decoder_of)
-        vqgan.encoder.requires_grad_(False)
-        vqgan.quantizer.requires_grad_(False)
-    else:
-        vqgan = VQGAN(VQGANConfig(
-            image_size=a.size, channels=tuple(int(c) for c in a.channels.split(",")),
-            attention_sizes=(), blocks_per_level=1, code_dim=8, codebook_size=a.codebook_size,
-            l2_normalised=True))
-    config = vqgan.config
-    images = read_images(a.images, config.image_size)
-    held = read_images(a.validation, config.image_size) if a.validation else images
-    vqgan.train().to(device)  # not channels_last: there GroupNorm is slow on a CPU
-    judge = Discriminator().to(device)
-    perceptual = PerceptualLoss(load_clip_run(a.clip)).to(device) if a.clip else None
-    optimizer, judge_optimizer = adamw(vqgan, a.lr, 1e-4), adamw(judge, a.lr, 1e-4)
-    average = Average(vqgan, 0.999)
-    used = torch.zeros(config.codebook_size, device=device)
-    run = Run(a.run, settings_of(a))
-    first, sums = 0, {}
-    if state := run.resume():
-        vqgan.load_state_dict(state["model"])
-        judge.load_state_dict(state["discriminator"])
-        optimizer.load_state_dict(state["optimizer"])
-        judge_optimizer.load_state_dict(state["discriminator_optimizer"])
-        average.state, used, first = state["average"], state["used"], state["step"]
-    evaluated = copy.deepcopy(vqgan)
-    for step in range(first, a.steps):
-        generator = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
-        index = torch.randint(len(images), (a.batch,), generator=generator)
-        pixels = images.batch(index)
-        if torch.rand((), generator=generator) < 0.5:
-            pixels = pixels.flip(3)
-        pixels = pixels.to(device)
-        features = vqgan.encoder(pixels * 2 - 1)
-        vectors, codes, loss_vq = quantise(vqgan, features)
-        result = vqgan.decoder(vectors) * 0.5 + 0.5  # around [0, 1]
-        losses = {"l1": F.l1_loss(result, pixels), "l2": F.mse_loss(result, pixels), "vq": loss_vq}
-        loss = losses["l1"] + a.l2 * losses["l2"] + losses["vq"]
-        if perceptual:
-            losses["perceptual"] = perceptual(result, pixels)
-            loss = loss + a.perceptual * losses["perceptual"]
-        adversarial = step >= a.gan_start and a.gan > 0
+def adaptive_weight(wanted: Tensor, gan: Tensor, weight: Tensor, accelerator: Accelerator
+                    ) -> Tensor:
+    """|gradient of the other losses| / |gradient of the GAN's| at the decoder's last weight, at
+    most 10,000 (arXiv 2012.09841, equation 7); of the batches of all processes together."""
+    norms = []
+    for loss in (wanted, gan):
+        gradient, = torch.autograd.grad(loss, weight, retain_graph=True)
+        norms.append(accelerator.reduce(gradient, "mean").norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+class VQGANTraining:
+    """See `runs.Training`."""
+
+    def __init__(self, a: argparse.Namespace, accelerator: Accelerator, steps: int, vqgan: VQGAN,
+                 images: Images, held: Tensor, perceptual: nn.Module | None):
+        self.a, self.accelerator, self.steps, self.held = a, accelerator, steps, held
+        device = accelerator.device
+        self.vqgan = copy.deepcopy(vqgan).to(device).train()
+        # The faster layout, but for the backward pass of GroupNorm on a CPU.
+        if device.type == "cuda" or not vqgan.config.norm_groups:
+            self.vqgan.to(memory_format=torch.channels_last)
+        self.perceptual = perceptual.to(device) if perceptual else None
+        self.judge = Discriminator(a.gan_channels).to(device)
+        self.feed = Feed(images, vqgan.config.image_size, a, accelerator, steps)
+        optimizer = adamw(self.vqgan, a.lr, 1e-4)
+        self.average = Average(self.vqgan, a.ema)
+        self.evaluated = copy.deepcopy(self.vqgan).eval()
+        self.used = torch.zeros(vqgan.config.codebook_size, device=device)
+        self.new = not (a.start_from or a.decoder_of)
+        self.quantised_from = round(a.unquantised * steps) if self.new else 0
+        self.gan_start = round(a.gan_start * steps) if a.gan else steps
+        self.gan_warmup = max(1, min(500, (steps - self.gan_start) // 3))
+        self.restart_every = max(10, min(100, steps // 20))
+        self.wrapped, self.optimizer = accelerator.prepare(
+            Autoencoder(self.vqgan, a.commitment), optimizer)
+        self.wrapped_judge, self.judge_optimizer = accelerator.prepare(
+            self.judge, adamw(self.judge, a.lr, 1e-4))
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        a, accelerator = self.a, self.accelerator
+        pixels = self.feed(step)[1].to(accelerator.device).float() / 255
+        if step == 0 and self.new:
+            whiten(self.vqgan, accelerator.gather(pixels))
+        if step == self.quantised_from and self.new:
+            self.place_codes(pixels, step)
+        with accelerator.autocast():
+            result, features, codes, quantiser = self.wrapped(pixels, step >= self.quantised_from)
+        values = {"l1": F.l1_loss(result, pixels), "l2": F.mse_loss(result, pixels)}
+        loss = values["l1"] + a.l2 * values["l2"]
+        if self.perceptual:
+            with accelerator.autocast():
+                values["perceptual"] = self.perceptual(result, pixels).float()
+            loss = loss + a.perceptual * values["perceptual"]
+        adversarial = step >= self.gan_start
         if adversarial:
-            losses["gan"] = -judge(result * 2 - 1).mean()
-            weight = a.gan * min(1.0, (step - a.gan_start) / 500)  # a fresh judge knows nothing
-            loss = loss + weight * losses["gan"]
-        rate = learning_rate(step, a.steps, a.lr, 200)
+            self.judge.requires_grad_(False)
+            with accelerator.autocast():
+                values["gan"] = -self.judge(result * 2 - 1).float().mean()
+            self.judge.requires_grad_(True)
+            # A fresh judge knows nothing: its word comes to count by and by.
+            weight = a.gan * min(1.0, (step - self.gan_start) / self.gan_warmup)
+            if a.gan_weight == "adaptive":
+                values["adaptive"] = adaptive_weight(
+                    loss, values["gan"], self.vqgan.decoder.final[-1].weight, accelerator)
+                weight = weight * values["adaptive"]
+            loss = loss + weight * values["gan"]
+        if not a.decoder_of:
+            values["quantiser"] = quantiser
+            loss = loss + quantiser
+        values = {"loss": loss} | values
+        rate = learning_rate(step, self.steps, a.lr, a.warmup)
+        self.update(self.optimizer, self.vqgan, loss, rate, values, "gradient")
+        if adversarial:
+            with accelerator.autocast():
+                both = self.wrapped_judge(torch.cat([pixels, result.detach()]) * 2 - 1).float()
+            values["judge"] = hinge_loss(*both.chunk(2))
+            self.update(self.judge_optimizer, self.judge, values["judge"], 0.5 * rate, values)
+        self.average.update(self.vqgan, step)
+        counts = torch.bincount(codes.flatten(), minlength=len(self.used)).float()
+        self.used += accelerator.reduce(counts, "sum")
+        if (step + 1) % self.restart_every == 0:
+            if step + 1 < 0.6 * self.steps and not a.decoder_of:
+                values["restarted"] = self.restart([features.detach()], step + 1)
+            self.used.zero_()
+        if accelerator.num_processes > 1:
+            values = {k: accelerator.reduce(v.detach(), "mean") for k, v in values.items()}
+        return values
+
+    def update(self, optimizer: Any, module: nn.Module, loss: Tensor, rate: float,
+               values: dict[str, Tensor], gradient: str | None = None) -> None:
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        losses["gradient"] = nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
+        if gradient:
+            values[gradient] = norm
         optimizer.step()
-        average.update(vqgan, step)
-        if adversarial:
-            set_learning_rate(judge_optimizer, 0.5 * rate)
-            losses["judge"] = hinge_loss(judge(pixels * 2 - 1), judge(result.detach() * 2 - 1))
-            judge_optimizer.zero_grad(set_to_none=True)
-            losses["judge"].backward()
-            judge_optimizer.step()
-        used += torch.bincount(codes.flatten(), minlength=len(used))
-        done = step + 1
-        if done % 100 == 0:
-            if done < 0.6 * a.steps and not a.decoder_of:
-                losses["restarted"] = restart_dead_codes(vqgan, used, features, generator)
-            used.zero_()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        if done % 100 == 0:
-            run.log(done, a.steps, **{k: v / 100 for k, v in sums.items()})
-            sums = {}
-        if run.due() or done == a.steps:
-            run.save(done, model=vqgan.state_dict(), discriminator=judge.state_dict(),
-                     optimizer=optimizer.state_dict(), used=used, average=average.state,
-                     discriminator_optimizer=judge_optimizer.state_dict())
-            evaluated.load_state_dict(average.state)
-            scores = validate(evaluated.eval(), held, device, a.run / "grid.png")
-            run.log(done, a.steps, **scores)
-    evaluated.load_state_dict(average.state)
-    scores = validate(evaluated.eval(), held, device, a.run / "grid.png", count=1000)
-    if not math.isfinite(scores["psnr_db"]):
-        raise FloatingPointError("the trained VQGAN makes no finite pixels")
-    save_weights(average.state, a.run / "vqgan.safetensors")
-    (a.run / "vqgan.json").write_text(json.dumps(vars(config)))
-    print(json.dumps({"steps": a.steps, **scores}))
+
+    @torch.no_grad()
+    def place_codes(self, pixels: Tensor, step: int) -> None:
+        """All codes to outputs of the encoder, for this batch and some more."""
+        needed = 4 * self.vqgan.config.codebook_size / self.vqgan.config.grid**2
+        count = int(needed / (len(pixels) * self.accelerator.num_processes))
+        views = [pixels, *(v.to(pixels.device).float() / 255
+                           for _, v in self.feed.batches(step + 1, count))]
+        self.used.zero_()
+        self.restart([self.vqgan.encoder(v * 2 - 1).float() for v in views], step)
+
+    def restart(self, features: list[Tensor], step: int) -> Tensor:
+        """Dead codes to outputs of the encoder for these batches of all processes."""
+        everywhere = torch.cat([self.accelerator.gather(batch) for batch in features])
+        count = restart_dead_codes(self.vqgan, self.used, everywhere,
+                                   runs.generator(self.a.seed + 1, step))
+        return torch.tensor(float(count), device=everywhere.device)
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.vqgan.state_dict(), "average": self.average.state,
+                "discriminator": self.judge.state_dict(), "used": self.used,
+                "optimizer": self.optimizer.state_dict(),
+                "discriminator_optimizer": self.judge_optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.vqgan.load_state_dict(state["model"])
+        self.judge.load_state_dict(state["discriminator"])
+        self.average.load(state["average"])
+        self.used.copy_(state["used"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.judge_optimizer.load_state_dict(state["discriminator_optimizer"])
+
+    def validate(self, count: int = 256) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        self.evaluated.load_state_dict(self.average.state)
+        scores, picture = reconstruction.score(self.evaluated, self.held[:count], self.perceptual)
+        return scores, {"grid": picture}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("images", help="folder, zip, tar, shards, or coco:, imagenet:, googlecc: and a folder")
+    add("--validation", help="images that are not trained on (default: a held-out share)")
+    add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
+    add("--clip", help="bundle, run or open_clip's ARCHITECTURE:PRETRAINED; perceptual loss")
+    add("--size", type=runs.positive, default=64, help="pixels a side (64)")
+    add("--channels", default="32,64,64,128", help="a level each; each but the first halves")
+    add("--blocks", type=runs.positive, default=1, help="residual blocks a level (1)")
+    add("--attention", default="", help="sizes in pixels that get self-attention, as in 16,32")
+    add("--codebook-size", type=runs.positive, default=1024)
+    add("--code-dim", type=runs.positive, default=8)
+    add("--unnormalised", action="store_true", help="codes of any length, not of unit length")
+    add("--norm-groups", type=runs.whole, default=0, help="of GroupNorm; 0: no normalisation (0)")
+    add("--unquantised", type=runs.share, default=0.2,
+        help="share of steps before codes are used (0.2)")
+    add("--published", action="store_true", help="the public recipe: 16,384 codes of 256 "
+        "dimensions, un-normalised, 256 pixels, lpips, adaptive GAN weight")
+    add("--from", dest="start_from", metavar="BUNDLE", help="fine-tune a bundle's or run's VQGAN")
+    add("--decoder-of", metavar="BUNDLE", help="the same, but its decoder alone")
+    runs.add_arguments(p, steps=12000, batch=16, lr=1e-3)
+    add("--warmup", type=runs.whole, default=200, help="steps (200)")
+    add("--ema", type=runs.share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--scale", type=runs.scale, default=0.85, help="least share of the side in a crop (0.85)")
+    add("--no-flip", dest="flip", action="store_false", help="no mirrored images")
+    add("--workers", type=runs.whole, default=0, help="processes that read images (0: none apart)")
+    # Weighs a few wild pixels more than L1 does; a coloured spot in every image was the reason.
+    add("--l2", type=runs.amount, default=5.0, help="weight (5)")
+    add("--commitment", type=runs.amount, default=0.25, help="weight (0.25)")
+    add("--perceptual-loss", choices=("clip", "lpips", "none"), default="clip",
+        help="clip: features of --clip; lpips: VGG16, the package and its weights needed")
+    add("--perceptual", type=runs.amount, default=0.1, help="weight (0.1)")
+    add("--gan", type=runs.amount, default=0.02, help="weight (0.02); 0: none")
+    add("--gan-weight", choices=("fixed", "adaptive"), default="fixed",
+        help="adaptive: times the ratio of gradients at the decoder's last layer")
+    add("--gan-start", type=runs.share, default=0.6,
+        help="share of the steps without a judge (0.6)")
+    add("--gan-channels", type=runs.positive, default=32, help="of the discriminator (32)")
+    if p.parse_known_args(arguments)[0].published:
+        p.set_defaults(**PUBLISHED)
+    a = p.parse_args(arguments)
+    accelerator = runs.start(a.dtype, a.seed)
+    perceptual = perceptual_loss(a)
+    vqgan = make_vqgan(a)
+    try:
+        images, held, data = open_parts(a.images, a.validation, a.held_out)
+        pixels = stack_views(held, vqgan.config.image_size, 1000)[1]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    training, steps, _ = runs.run(
+        a, accelerator, lambda steps: VQGANTraining(a, accelerator, steps, vqgan, images, pixels,
+                                                    perceptual),
+        data=data, vqgan=vars(vqgan.config),
+        begun="--decoder-of" if a.decoder_of else "--from" if a.start_from else "new")
+    scores = training.validate(1000)[0]
+    if not math.isfinite(scores["l1"]):
+        raise SystemExit(f"{a.run}: the VQGAN makes no finite pixels: train with a lower --lr")
+    if accelerator.is_main_process:
+        runs.finish(a.run, "vqgan", training.average.state, vars(vqgan.config))
+    accelerator.wait_for_everyone()
+    return {"steps": steps, "n_images": len(images), "n_held_out": len(pixels)} | {
+        k: round(v, 4) for k, v in scores.items()}
+
+
+def perceptual_loss(a: argparse.Namespace) -> nn.Module | None:
+    if a.perceptual_loss == "lpips":
+        return LPIPS()
+    if a.perceptual_loss == "clip" and a.perceptual:
+        if not a.clip:
+            raise SystemExit("--perceptual-loss clip compares features of a CLIP: give --clip, as "
+                             "in --clip weights/emoji, or take --perceptual-loss none")
+        return CLIPDistance(load_clip(a.clip))
+    return None
+
+
+def make_vqgan(a: argparse.Namespace) -> VQGAN:
+    """A new VQGAN of the flags' sizes, or that of --from or --decoder-of."""
+    if a.start_from or a.decoder_of:
+        vqgan = load_vqgan(a.start_from or a.decoder_of).float().train().requires_grad_(True)
+        if a.decoder_of:
+            vqgan.encoder.requires_grad_(False)
+            vqgan.quantizer.requires_grad_(False)
+        return vqgan
+    try:
+        if a.published:
+            return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": a.size}))
+        numbers = {name: tuple(int(c) for c in getattr(a, name).split(",") if c)
+                   for name in ("channels", "attention")}
+        vqgan = VQGAN(VQGANConfig(
+            image_size=a.size, channels=numbers["channels"], attention_sizes=numbers["attention"],
+            blocks_per_level=a.blocks, code_dim=a.code_dim, codebook_size=a.codebook_size,
+            l2_normalised=not a.unnormalised, norm_groups=a.norm_groups))
+        vqgan.initialise()
+        return vqgan
+    except ValueError as error:
+        raise SystemExit(f"no such VQGAN: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    runs.report(main())

@@ -344,7 +344,7 @@ def test_wrong_type(bundle: Path, section: str, key: str) -> None:
     ("gpt", "heads", 5, "not a multiple"),
     ("gpt", "null_embedding", 1, "true or false"),
     ("vqgan", "channels", [32, "32"], "vqgan.channels must be a whole number"),
-    ("vqgan", "channels", [31, 32, 32, 32], "multiples of 32"),
+    ("vqgan", "channels", [31, 32, 32, 32], "multiples of norm_groups"),
     ("sampling", "top_p", 1.5, "at most 1"),
     ("sampling", "top_p", float("nan"), "finite"),
     ("sampling", "temperature", -1, "at least 0"),

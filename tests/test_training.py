@@ -1,25 +1,25 @@
 """The training scripts as real processes, from a folder of images to a bundle that generates."""
 
-import io
 import json
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clipgen import ClipGen
+from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import scenes
-from scripts.encode_images import fingerprint
-from scripts.images import decode_image, read_images
+from scripts.images import open_images
 from scripts.judge import QUESTIONS, WEIGHTS, load_judge
-from scripts.train_gpt import perturb
-from scripts.train_vqgan import load_vqgan_run
+from scripts.optimise import learning_rate
+from scripts.parts import CODES, fingerprint, load_vqgan
+from scripts.reconstruction import perplexity, psnr, ssim
+from scripts.train_gpt import centre, entropy, perturbation
+from scripts.train_vqgan import restart_dead_codes, whiten
+from tests.micro import micro_vqgan
 from tests.sprites import drawn_sprites
 
 
@@ -27,6 +27,7 @@ def run(script, *arguments, fails=False):
     result = subprocess.run([sys.executable, "-m", f"scripts.{script}", *map(str, arguments)],
                             capture_output=True, text=True)
     assert (result.returncode != 0) == fails, result.stderr
+    assert "Traceback" not in result.stderr
     return result.stderr if fails else json.loads(result.stdout.splitlines()[-1])
 
 
@@ -55,110 +56,144 @@ def other_gpt(run_directory):
 
 def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     clip, vqgan, shards, gpt = (tmp_path / n for n in ("clip", "vqgan", "shards", "gpt"))
-    run("train_clip", folder, "--run", clip, "--size", 32, "--steps", 3, "--batch", 8)
+    scores = run("train_clip", folder, "--run", clip, "--size", 32, "--steps", 3, "--batch", 8)
+    assert 0 <= scores["retrieval"] <= 1
     scores = run("train_vqgan", folder, "--run", vqgan, "--clip", clip, "--size", 32, "--steps", 6,
-                 "--batch", 4, "--channels", "32,32,32,32", "--codebook-size", 32, "--gan-start", 3)
+                 "--batch", 4, "--channels", "32,32,32,32", "--codebook-size", 32,
+                 "--gan-weight", "adaptive")
     assert 0 < scores["psnr_db"] < 60 and 0 < scores["codebook_usage"] <= 1
+    assert -1 <= scores["ssim"] <= 1 and 1 <= scores["codebook_perplexity"] <= 32
     assert (vqgan / "grid.png").is_file()
     manifest = run("encode_images", folder, shards, "--clip", clip, "--vqgan", vqgan)
-    assert manifest["images"] == 64 and manifest["codebook_size"] == 32
+    assert manifest["train_images"] == 61 and manifest["codebook_size"] == 32
     # The decoder can be trained further without spoiling the shards.
     decoder = tmp_path / "decoder"
-    run("train_vqgan", folder, "--run", decoder, "--decoder-of", vqgan, "--steps", 2, "--batch", 4)
-    before, after = load_vqgan_run(vqgan), load_vqgan_run(decoder)
-    assert fingerprint(after, "encoder.", "quantizer.") == manifest["vqgan_sha256"]
+    run("train_vqgan", folder, "--run", decoder, "--clip", clip, "--decoder-of", vqgan, "--steps",
+        2, "--batch", 4)
+    before, after = load_vqgan(vqgan), load_vqgan(decoder)
+    assert fingerprint(after, *CODES) == manifest["vqgan_sha256"]
     assert fingerprint(after, "decoder.") != fingerprint(before, "decoder.")
     size = ("--layers", 1, "--width", 32, "--heads", 2, "--batch", 8)
-    result = run("train_gpt", shards, "--validation", shards, "--run", gpt, "--steps", 4, *size)
-    assert 0 < result["token_ce"] < 2 * np.log(32)
+    result = run("train_gpt", shards, "--run", gpt, "--steps", 4, "--vqgan", vqgan, "--clip", clip,
+                 "--subtract-means", "--reconstruction", 0.1, "--noise-kind", "random",
+                 "--dropout", 0.1, *size)
+    assert 0 < result["token_ce"] < 2 * np.log(32) and 0 < result["unigram_ce"] <= np.log(32)
+    assert result["text_gap"] == pytest.approx(result["token_ce_text"] - result["token_ce"],
+                                               abs=1e-3)
+    assert (gpt / "images.png").is_file() and (gpt / "texts.png").is_file()
     # Other settings do not continue the run.
     error = run("train_gpt", shards, "--run", gpt, "--steps", 9, *size, fails=True)
-    assert "other settings (steps)" in error
+    assert "other settings" in error and "steps 4 became 9" in error
     bundle = tmp_path / "bundle"
     run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", gpt, "--guidance", 2)
     model = ClipGen.load(bundle)
-    text = read_images(folder, 32).captions[0][0]
+    text = open_images(folder)[0].captions(0)[0]
     images = model.generate(text, num_images=2, candidates=3, seed=0)
     assert len(images) == 2 and images[0].image.size == (32, 32)
     assert model.sampling.guidance == 2
+    assert model.clip.config.image_embedding_mean  # --subtract-means came along
     error = run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", other_gpt(gpt),
                 fails=True)
     assert "shards of another vqgan" in error
+    # A GPT goes on from a bundle, but not on shards of another VQGAN's size.
+    result = run("train_gpt", shards, "--run", tmp_path / "tuned", "--from", bundle, "--steps", 2)
+    assert result["steps"] == 2
     # Shards of another VQGAN are refused.
     other = tmp_path / "other"
     shutil.copytree(shards, other)
-    (other / "manifest.json").write_text(json.dumps(manifest | {"vqgan_sha256": "0"}))
+    changed = json.loads((shards / "manifest.json").read_text()) | {"vqgan_sha256": "0"}
+    (other / "manifest.json").write_text(json.dumps(changed))
     error = run("train_gpt", shards, "--validation", other, "--run", tmp_path / "new", fails=True)
     assert "another VQGAN" in error
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path):
-    rng = np.random.default_rng(0)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    np.save(shards / "codes.npy", rng.integers(0, 16, (40, 2, 9)).astype(np.uint16))
-    np.save(shards / "embeddings.npy", rng.standard_normal((40, 2, 8)).astype(np.float16))
-    (shards / "manifest.json").write_text(json.dumps({"codebook_size": 16, "vqgan_sha256": "x"}))
-    size = ("--layers", 1, "--width", 16, "--heads", 2, "--batch", 4, "--steps", 6)
-    run("train_gpt", shards, "--run", tmp_path / "whole", *size)
-    broken = tmp_path / "broken"
-    code = ("import scripts.runs as r; r.Run.due = lambda self: True; count = [0]\n"
-            "log = r.Run.save\n"
-            "def save(self, step, **parts):\n"
-            "    log(self, step, **parts)\n"
-            "    if step == 3: raise SystemExit(9)\n"
-            "r.Run.save = save\n"
-            "from scripts.train_gpt import main; main()")
-    result = subprocess.run([sys.executable, "-c", code, str(shards), "--run", str(broken),
-                             *map(str, size)])
-    assert result.returncode == 9
-    run("train_gpt", shards, "--run", broken, *size)
-    assert (broken / "gpt.safetensors").read_bytes() == (
-        tmp_path / "whole" / "gpt.safetensors").read_bytes()
+@pytest.mark.parametrize("arguments, sentence", [
+    (("--clip", "nothing"), "is no bundle"),
+    ((), "give --clip"),
+    (("--perceptual-loss", "lpips"), "lpips needs"),
+    (("--perceptual-loss", "none", "--size", "33"), "no such VQGAN"),
+    (("--perceptual-loss", "none", "--held-out", "2"), "held-out share"),
+    (("--published",), "lpips needs"),
+])
+def test_what_cannot_be_trained_is_said_in_a_sentence(folder, tmp_path, arguments, sentence):
+    assert sentence in run("train_vqgan", folder, "--run", tmp_path / "v", *arguments, fails=True)
 
 
-def test_folder_zip_and_tar_hold_the_same_images(folder, tmp_path):
-    with zipfile.ZipFile(tmp_path / "i.zip", "w") as z, tarfile.open(tmp_path / "i.tar", "w") as t:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            z.write(path, path.relative_to(folder))
-            t.add(path, path.relative_to(folder))
-    sets = [read_images(source, 32) for source in (folder, tmp_path / "i.zip", tmp_path / "i.tar")]
-    assert len(sets[0]) == 64 and all(len(c) == 5 for c in sets[0].captions)
-    for other in sets[1:]:
-        assert torch.equal(other.pixels, sets[0].pixels) and other.captions == sets[0].captions
+def test_a_bundle_that_is_not_there_is_named(folder, tmp_path):
+    error = run("train_vqgan", folder, "--run", tmp_path / "v", "--perceptual-loss", "none",
+                "--from", tmp_path / "none", fails=True)
+    assert f"{tmp_path / 'none'} is neither a bundle" in error
 
 
-def test_unreadable_images_are_skipped_and_named(tmp_path, capsys):
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert len(read_images(tmp_path, 8)) == 1
-    assert "skipped 1 unreadable images: bad.png" in capsys.readouterr().err
-    (tmp_path / "good.png").unlink()
-    with pytest.raises(ValueError, match="no readable image"):
-        read_images(tmp_path, 8)
-    with pytest.raises(ValueError, match="no folder, zip or tar"):
-        read_images(tmp_path / "bad.png", 8)
-
-
-def test_alpha_is_laid_on_white_and_the_centre_is_cropped():
-    data = io.BytesIO()
-    image = Image.new("RGBA", (30, 10), (0, 0, 0, 0))
-    image.paste((255, 0, 0, 255), (10, 0, 20, 10))
-    image.save(data, "PNG")
-    assert (decode_image(data.getvalue(), 10) == (255, 0, 0)).all()
-    data = io.BytesIO()
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(data, "PNG")
-    assert (decode_image(data.getvalue(), 4) == 255).all()
-
-
+@pytest.mark.parametrize("kind", ["fixed", "random"])
 @pytest.mark.parametrize("noise", [0.0, 0.5, 1.5])
-def test_noise_moves_an_embedding_by_its_length(noise):
+def test_noise_moves_an_embedding_by_its_length(noise, kind):
     torch.manual_seed(0)
     e = torch.nn.functional.normalize(torch.randn(2000, 64), dim=1)
-    moved = perturb(e, noise, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(moved.norm(dim=1), torch.ones(2000))
-    cosine = (moved * e).sum(1).mean().item()
-    assert cosine == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.02)
+    moves = perturbation(2000, 64, noise, torch.Generator().manual_seed(1), kind)
+    lengths = moves.norm(dim=1)
+    if kind == "fixed":
+        torch.testing.assert_close(lengths, torch.full((2000,), noise))
+        cosine = (torch.nn.functional.normalize(e + moves, dim=1) * e).sum(1).mean().item()
+        assert cosine == pytest.approx(1 / (1 + noise**2) ** 0.5, abs=0.02)
+    else:
+        assert lengths.max() <= noise + 1e-6
+        assert lengths.mean().item() == pytest.approx(noise / 2, rel=0.05)
+
+
+def test_centring_takes_the_mean_off():
+    torch.manual_seed(0)
+    e = torch.nn.functional.normalize(torch.randn(500, 16) + 2, dim=1)
+    centred = centre(e, e.mean(0))
+    torch.testing.assert_close(centred.norm(dim=1), torch.ones(500))
+    assert centred.mean(0).norm() < 0.1 * e.mean(0).norm()
+    assert centre(e, None) is e
+
+
+def test_the_learning_rate_never_is_zero():
+    rates = [learning_rate(step, 1000, 1.0, 100) for step in range(1000)]
+    assert min(rates) > 0 and max(rates) == 1.0 and rates[0] == 0.01
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert max(learning_rate(step, 5, 1.0, 300) for step in range(5)) == 1.0
+
+
+def test_entropy_and_perplexity_of_known_counts():
+    assert entropy(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(np.log(4))
+    assert perplexity(torch.tensor([7.0, 0, 0])) == pytest.approx(1)
+    assert perplexity(torch.ones(9)) == pytest.approx(9)
+
+
+def test_psnr_and_ssim_of_known_pairs():
+    torch.manual_seed(0)
+    a = torch.rand(3, 3, 20, 20)
+    assert psnr(a, a).tolist() == [60] * 3
+    torch.testing.assert_close(psnr(a * 0, a * 0 + 0.1), torch.full((3,), 20.0))
+    torch.testing.assert_close(ssim(a, a), torch.ones(3))
+    assert (ssim(a, 1 - a) < 0).all()
+    noisy = [ssim(a, a + s * torch.randn_like(a)).mean() for s in (0.05, 0.1, 0.3)]
+    assert noisy == sorted(noisy, reverse=True)
+
+
+def test_restart_moves_dead_codes_alone():
+    vqgan = micro_vqgan()
+    before = vqgan.quantizer.embedding.weight.detach().clone()
+    used = torch.arange(64) % 2
+    moved = restart_dead_codes(vqgan, used, torch.randn(2, 8, 4, 4),
+                               torch.Generator().manual_seed(0))
+    changed = (vqgan.quantizer.embedding.weight != before).any(1)
+    assert moved == 32 and torch.equal(changed, used == 0)
+
+
+def test_whitened_features_spread_over_all_directions():
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(32, (32, 32, 32), (), 1, 8, 64, True, 0))
+    vqgan.initialise()
+    pixels = torch.rand(8, 3, 32, 32)
+    whiten(vqgan, pixels)
+    with torch.no_grad():
+        rows = vqgan.encoder(pixels * 2 - 1).permute(0, 2, 3, 1).flatten(0, 2)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(8), atol=0.05, rtol=0)
 
 
 def test_the_judge_is_small_and_marks_each_question():

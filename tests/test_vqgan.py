@@ -60,7 +60,7 @@ def test_pixels_of_another_size_are_refused():
 
 @pytest.mark.parametrize("change, words", [
     ({"image_size": 15}, "image size 15 is not a multiple of 2"),
-    ({"channels": (32, 40)}, "multiples of 32"), ({"channels": ()}, "channels"),
+    ({"channels": (32, 40)}, "multiples of norm_groups"), ({"channels": ()}, "channels"),
     ({"codebook_size": 0}, "codebook_size")])
 def test_impossible_sizes_are_refused(change, words):
     with pytest.raises(ValueError, match=words):

@@ -1,0 +1,69 @@
+"""Images to training: which ones are trained on, and the batch of each step."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from scripts.images import Images, open_images, split
+from scripts.views import all_views, batches
+
+
+def open_parts(source: str, validation: str | None, held_out: float,
+               captions: Path | None = None) -> tuple[Images, Images, str]:
+    """(images to train on, images held out, fingerprint of the former).
+
+    Held out is the set at `validation`, else the source's own, else a share of it.
+    """
+    images, own = open_images(source, captions)
+    if validation:
+        held = open_images(validation)[0]
+    elif own is not None:
+        held = own
+    else:
+        images, held = split(images, held_out)
+    return images, held, images.fingerprint()
+
+
+def stack_views(images: Images, size: int, count: int) -> tuple[list[int], Tensor]:
+    """Indices and centre views uint8 (N, 3, S, S) of the first readable images, at most `count`."""
+    indices: list[int] = []
+    views: list[Tensor] = []
+    for index, pixels in all_views(images, size, 32):
+        indices += index.tolist()
+        views.append(pixels)
+        if len(indices) >= count:
+            break
+    return indices[:count], torch.cat(views)[:count]
+
+
+class Feed:
+    """The batch of a step, for this process: indices (B,) and pixels uint8 (B, 3, S, S).
+
+    A function of the step alone; steps taken in order are read ahead.
+    """
+
+    def __init__(self, images: Images, size: int, a: argparse.Namespace, accelerator: Accelerator,
+                 steps: int):
+        self.images, self.size, self.a, self.steps = images, size, a, steps
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.next = -1
+        self.iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        if step != self.next:
+            self.iterator = self.batches(step, self.steps - step, self.a.workers)
+        self.next = step + 1
+        return next(self.iterator)
+
+    def batches(self, step: int, steps: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `steps` steps from `step`; asking for them moves nothing."""
+        a = self.a
+        return iter(batches(self.images, self.size, a.batch, seed=a.seed, first_step=step,
+                            steps=steps, rank=self.rank, world=self.world, scale=a.scale,
+                            flip=a.flip, workers=workers))

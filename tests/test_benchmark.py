@@ -1,0 +1,104 @@
+"""What `scripts.benchmark` prints, and that what it counts and compares is what it says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipgen import bundle
+from scripts import benchmark_train, shards
+from scripts.train_gpt import operations_per_code, peak_flops
+from tests.micro import micro_bundle, micro_gpt
+
+
+def run(*arguments, fails=False):
+    result = subprocess.run([sys.executable, "-m", "scripts.benchmark", *map(str, arguments)],
+                            capture_output=True, text=True)
+    assert (result.returncode != 0) == fails, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_train_prints_both_ways_and_their_ratio(tmp_path):
+    size = micro_bundle(tmp_path)
+    result = run("train", "--size", size, "--device", "cpu", "--batch", 2, "--steps", 3)
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert (data["device"], data["dtype"], data["batch"]) == ("cpu", "float32", 2)
+    assert data["size"] == str(size)
+    ours, public = data["results"]
+    assert (ours["name"], public["name"]) == ("clipgen", "public")
+    for x in (ours, public):
+        assert x["codes_per_s"] == pytest.approx(16 * x["images_per_s"])
+        assert x["ms_per_step"] == pytest.approx(2000 / x["images_per_s"])
+        assert x["tflops"] > 0 and x["peak_bytes"] > 0
+        assert x["mfu"] is None  # a CPU's peak is not known
+    assert data["ratio"] == pytest.approx(ours["images_per_s"] / public["images_per_s"])
+    assert 0 < data["encoding_share"]
+    assert f"ratio {data['ratio']:.2f}" in result.stderr
+
+
+def test_a_size_that_is_none_is_one_sentence(tmp_path):
+    stderr = run("train", "--size", tmp_path, fails=True).stderr
+    assert stderr.count("\n") == 1 and "'published'" in stderr and "weights/emoji" in stderr
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Room for another precision: accelerate keeps one for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_public_step_runs_in_float32_from_pixels(tmp_path, monkeypatch, fresh_accelerator):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    size, directory = micro_bundle(tmp_path / "bundle"), tmp_path / "shards"
+    clip, vqgan, flags = benchmark_train.parts(str(size))
+    directory.mkdir()
+    benchmark_train.write_random_shards(directory, vqgan.config, clip.embedding_dim)
+    shards.read_shards(directory, check=True)
+    training = benchmark_train.make_training([str(directory), *flags, "--batch=2",
+                                              "--dtype=bfloat16"])
+    pixels = benchmark_train.Pixels(3, clip, vqgan, torch.device("cpu"))
+    public = benchmark_train.the_public_way(training, pixels)
+    kinds, encoded = [], []
+    training.gpt.head.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
+    vqgan.encoder.register_forward_hook(lambda *call: encoded.append(call[-1].dtype))
+    training.step(0)
+    assert (kinds, encoded) == ([torch.bfloat16], [])
+    before = training.gpt.head.weight.clone()
+    public.step(1)
+    assert (kinds, encoded) == ([torch.bfloat16, torch.float32], [torch.float32])
+    assert not training.gpt.head.weight.equal(before)  # it trains, with the same optimiser
+
+    codes, embeddings = pixels.rows(torch.tensor([2, 0]), torch.zeros(2, dtype=torch.int64))
+    again = bundle.load_vqgan(size).encode(pixels.images[[2, 0]] / 255)
+    assert codes.equal(again.flatten(1)) and codes.shape == (2, 16)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
+
+
+def test_operations_are_those_of_the_matrix_products():
+    gpt = micro_gpt()
+    c, images = gpt.config, 3
+    codes = torch.randint(c.codebook_size, (images, c.block_size))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        gpt(torch.randn(images, c.embedding_dim), codes[:, :-1]).sum().backward()
+    # The counter takes attention in full, not its causal half; and the condition, once an image,
+    # forward and for its weights' gradient, which the formula leaves out.
+    half = 6 * c.layers * c.width * c.block_size
+    condition = 4 * c.embedding_dim * c.width / c.block_size
+    counted = counter.get_total_flops() / codes.numel() - half - condition
+    assert operations_per_code(gpt) == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA L40", None), ("Tesla T4", None)])
+def test_the_peak_is_that_of_the_device_named(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and 1e12 * tflops)

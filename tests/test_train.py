@@ -1,0 +1,173 @@
+"""scripts.train: one command from a folder of images to a bundle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from clipgen import ClipGen
+from scripts import scenes
+from scripts.images import Images, open_images
+from scripts.runs import duration
+from scripts.sizes import new_sizes
+from tests import shapes
+from tests.micro import micro_bundle
+from tests.sprites import drawn_sprites
+from tests.test_readme import ROOT
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, "-m", "scripts.train", *map(str, arguments)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def finish(process, fails=False):
+    out, err = process.communicate()
+    assert (process.returncode != 0) == fails, err
+    assert "Traceback" not in err, err
+    return err if fails else json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """64 scenes without captions."""
+    root = tmp_path_factory.mktemp("source")
+    sprites = drawn_sprites()
+    for i in range(64):
+        scenes.render(i, 32, sprites=sprites).image.save(root / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return micro_bundle(tmp_path_factory.mktemp("clip") / "micro")
+
+
+@pytest.fixture(scope="module")
+def trained(source, clip, tmp_path_factory):
+    """A bundle of a short run that was killed once; the arguments, and the line it printed."""
+    work = tmp_path_factory.mktemp("work")
+    arguments = (source, "--out", work / "mine", "--run", work / "run", "--clip", clip,
+                 "--time", "15s")
+    process = start(*arguments)
+    while not list((work / "run").glob("vqgan/log.jsonl")) and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (work / "mine").exists()
+    return work / "mine", arguments, finish(start(*arguments))
+
+
+def test_it_ends_in_a_bundle_that_generates(trained):
+    bundle, _, result = trained
+    for name in ("psnr_db", "codebook_usage", "token_ce", "unigram_ce"):
+        assert 0 < result[name] < 60
+    assert result["n_images"] == 61 and result["n_held_out"] == 3
+    model = ClipGen.load(bundle)
+    image, = model.generate("a square", num_images=1, candidates=2, seed=0)
+    assert image.image.size == (32, 32)
+    assert model.sampling.guidance == 2
+
+
+def test_the_card_says_how_it_was_made_and_shows_it(trained):
+    bundle, arguments, result = trained
+    card = (bundle / "README.md").read_text()
+    for text in (str(arguments[0]), "--clip", f"| psnr_db | {result['psnr_db']} |", "held out"):
+        assert text in card
+    for picture in ("copies", "samples", "vqgan", "gpt"):
+        assert f"card/{picture}.png" in card and (bundle / "card" / f"{picture}.png").is_file()
+
+
+def test_the_same_command_again_changes_nothing(trained):
+    bundle, arguments, result = trained
+    before = {p.name: p.read_bytes() for p in bundle.glob("*.safetensors")}
+    again = finish(start(*arguments))
+    assert {p.name: p.read_bytes() for p in bundle.glob("*.safetensors")} == before
+    assert {k: v for k, v in again.items() if k != "seconds_per_image"} == {
+        k: v for k, v in result.items() if k != "seconds_per_image"}
+
+
+@pytest.mark.parametrize("tune, kept", [("gpt", ["vqgan"]), ("decoder", ["gpt"]), ("both", [])])
+def test_fine_tuning_changes_what_it_says(trained, source, tmp_path, tune, kept):
+    bundle, _, _ = trained
+    out = tmp_path / "tuned"
+    result = finish(start(source, "--out", out, "--run", tmp_path / "run", "--from", bundle,
+                          "--tune", tune, "--time", "10s"))
+    assert ("token_ce" in result) == (tune != "decoder")
+    assert ("psnr_db" in result) == (tune != "gpt")
+    for part in ("clip", "vqgan", "gpt"):
+        same = ((out / f"{part}.safetensors").read_bytes()
+                == (bundle / f"{part}.safetensors").read_bytes())
+        assert same == (part in ["clip", *kept]), part
+    ClipGen.load(out).generate("a square", num_images=1, candidates=1)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (("--size", 64), "other arguments (size)"),
+    (("--seed", 1), "other arguments (seed)"),
+    (("--run", "new"), "holds a bundle already"),
+    (("--from", "x"), "leave --clip out"),
+    (("--tune", "gpt"), "goes with --from"),
+    (("--time", "soon"), "write 90s, 20m or 2h30m"),
+])
+def test_what_it_refuses(trained, tmp_path, change, sentence):
+    change = [tmp_path / c if c == "new" else c for c in change]
+    assert sentence in finish(start(*trained[1], *change), fails=True)
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (("--clip", "nothing"), "is no bundle, no run of train_clip"),
+    (("--clip", "weights/emoji", "--size", 50), "no multiple of 8"),
+    (("--clip", "weights/emoji", "--held-out", 0), "held-out share"),
+])
+def test_what_cannot_begin(source, tmp_path, arguments, sentence):
+    error = finish(start(source, "--out", tmp_path / "o", "--run", tmp_path / "r", *arguments),
+                   fails=True)
+    assert sentence in error and not (tmp_path / "o").exists()
+
+
+def test_images_that_are_not_there_are_named(tmp_path):
+    error = finish(start(tmp_path / "none", "--out", tmp_path / "o", "--clip", "weights/emoji"),
+                   fails=True)
+    assert str(tmp_path / "none") in error
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("20m", 1200), ("2h30m", 9000)])
+def test_durations(text, seconds):
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 96, 128, 256, 512])
+def test_sizes_make_a_vqgan_of_16_codes_a_side_at_most(source, cuda, size):
+    images: Images = open_images(source)[0]
+    chosen, vqgan, _ = new_sizes(images, size, cuda, 3600)
+    levels = vqgan[vqgan.index("--channels") + 1].count(",") + 1
+    assert chosen == size and size % 2 ** (levels - 1) == 0
+    assert 4 <= size // 2 ** (levels - 1) <= 16
+
+
+@pytest.mark.slow
+def test_plain_images_in_four_minutes(tmp_path):
+    """400 plain images: the copies are good, codes are forecast, and the colour comes out."""
+    shapes.write(tmp_path / "images")
+    out = tmp_path / "plain"
+    result = finish(start(tmp_path / "images", "--out", out, "--run", tmp_path / "run", "--clip",
+                          ROOT / "weights" / "emoji", "--size", 64, "--time", "4m"))
+    print(result)
+    assert result["psnr_db"] >= 20
+    assert result["token_ce"] <= result["unigram_ce"] - 1
+    model = ClipGen.load(out)
+    for channel, colour in enumerate(("red", "green", "blue")):
+        original = np.full((64, 64, 3), shapes.COLOURS[colour], np.uint8)
+        pixels = torch.from_numpy(original).permute(2, 0, 1)[None] / 255
+        embedding = model.clip.embed_pixels(pixels).expand(8, -1)
+        samples = model.decode(model.sample(embedding, range(8)))
+        assert (samples.mean((2, 3)).argmax(1) == channel).sum() >= 7, colour
