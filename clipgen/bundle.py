@@ -33,6 +33,9 @@ from clipgen.vqgan import VQGAN, VQGANConfig
 
 FORMAT_VERSION = 1
 FILES = {part: f"{part}.safetensors" for part in ("clip", "vqgan", "gpt")}
+# Keys that came after the first bundles were written, and what those bundles mean.
+ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
+         "vqgan": {"norm_groups": 32}}
 AGAIN = "copy or download the bundle again, or make it anew"
 
 
@@ -200,6 +203,9 @@ def _read_config(directory: Path) -> Config:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise BundleError(f"{path} has the format version {version!r}, this clipgen reads "
                           f"{FORMAT_VERSION}: update clipgen, or {AGAIN}")
+    for part, added in ADDED.items():
+        if isinstance(data.get(part), dict):
+            data[part] = added | data[part]
     try:
         config = _parse(data, Config, "")
     except ValueError as error:

@@ -70,7 +70,7 @@ def write_card(bundle: Path, *, command: str, data: dict[str, object], settings:
     shown = "\n\n".join(pictures)
     (bundle / "README.md").write_text(f"""# {bundle.name}
 
-A text-to-image model trained with clipgen from images alone: no captions were used to train it.
+A text-to-image model made with clipgen: VQGAN and GPT learned from images alone, without a caption.
 
 ```bash
 scripts/generate --weights {bundle} "what the images should show"

@@ -222,12 +222,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     settings = {
         "size": vqgan.config.image_size, "crops": a.crops, "scale": a.scale, "flip": not a.no_flip,
         "seed": a.seed, "clip_sha256": fingerprint(clip),
+        "centred": clip.config.image_embedding_mean is not None,
         "vqgan_sha256": fingerprint(vqgan, *CODES),
         "data_sha256": {part: found.fingerprint() for part, found in parts.items()},
         "texts_sha256": texts_sha256}
-    claim(a.out, settings, state)
-    if not (a.out / "manifest.json").is_file():
-        encode(a, state, clip, vqgan, parts, settings)
+    try:
+        claim(a.out, settings, state)
+        if not (a.out / "manifest.json").is_file():
+            encode(a, state, clip, vqgan, parts, settings)
+    except OSError as error:
+        raise SystemExit(f"{a.out} cannot be written ({error.strerror}): make room, and the same "
+                         "command goes on from there") from None
     manifest = shards.read_manifest(a.out)
     lists = ("parts", "skipped", "text_mean", "data_sha256")
     return {k: v for k, v in manifest.items() if k not in lists} | {

@@ -22,7 +22,8 @@ def open_parts(source: str, validation: str | None, held_out: float,
     """
     images, own = open_images(source, captions)
     if validation:
-        held = open_images(validation)[0]
+        train, part = open_images(validation, captions)
+        held = part or train
     elif own is not None:
         held = own
     else:

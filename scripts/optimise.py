@@ -30,7 +30,7 @@ def adamw(module: nn.Module, peak: float, decay: float) -> torch.optim.AdamW:
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
               {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
 
 
 class Average:

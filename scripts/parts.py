@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ def load_clip(source: str | Path) -> CLIP:
     """
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return bundle.load_clip(directory)
+        return of_bundle(bundle.load_clip, directory)
     if directory.is_dir():
         data = read_json(directory, "clip.json", "a bundle nor a finished run of train_clip")
         vocabulary = None if data["vocabulary"] is None else tuple(data["vocabulary"])
@@ -41,21 +43,26 @@ def clip_of_open_clip(name: str) -> CLIP:
     import open_clip
 
     if architecture not in open_clip.list_models() or not pretrained:
-        raise SystemExit(f"--clip {name} is no bundle, no run of train_clip and no "
+        raise SystemExit(f"CLIP {name} is no bundle, no run of train_clip and no "
                          "ARCHITECTURE:PRETRAINED of open_clip: give for example weights/emoji or "
                          "ViT-B-32-quickgelu:openai")
+    logging.disable(logging.ERROR)  # what matters is in the sentence below
     try:
         module, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained)
     except Exception as error:  # open_clip, its hub and the network raise many kinds
-        raise SystemExit(f"--clip {name} cannot be had ({type(error).__name__}: {error}): check "
-                         "the network, or give the CLIP of a bundle, as in --clip weights/emoji"
-                         ) from None
+        raise SystemExit(f"CLIP {name} cannot be had ({error!s:.120}): check the network, or give "
+                         "the CLIP of a bundle, as in --clip weights/emoji") from None
+    finally:
+        logging.disable(logging.NOTSET)
     model = {key: value for key, value in open_clip.get_model_config(architecture).items()
              if key in ("embed_dim", "vision_cfg", "text_cfg")}
     model["quick_gelu"] = bool(open_clip.get_model_config(architecture).get("quick_gelu"))
     normalise = preprocess.transforms[-1]
-    clip = CLIP(CLIPConfig(model=model, image_mean=tuple(normalise.mean),
-                           image_std=tuple(normalise.std)))
+    try:
+        clip = CLIP(CLIPConfig(model=model, image_mean=tuple(normalise.mean),
+                               image_std=tuple(normalise.std)))
+    except ValueError as error:
+        raise SystemExit(f"CLIP {name} cannot be used: {error}") from None
     clip.model.load_state_dict(module.state_dict())
     return clip.eval()
 
@@ -64,7 +71,7 @@ def load_vqgan(source: str | Path) -> VQGAN:
     """A VQGAN from a bundle or from a run of `train_vqgan`."""
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return bundle.load_vqgan(directory)
+        return of_bundle(bundle.load_vqgan, directory)
     data = read_json(directory, "vqgan.json", "a bundle nor a finished run of train_vqgan")
     vqgan = VQGAN(VQGANConfig(**data))
     vqgan.load_state_dict(load_file(directory / "vqgan.safetensors"))
@@ -75,11 +82,18 @@ def load_gpt(source: str | Path) -> GPT:
     """A GPT from a bundle or from a run of `train_gpt`."""
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return bundle.load_bundle(directory).gpt
+        return of_bundle(bundle.load_bundle, directory).gpt
     data = read_json(directory, "gpt.json", "a bundle nor a finished run of train_gpt")
     gpt = GPT(GPTConfig(**data))
     gpt.load_state_dict(load_file(directory / "gpt.safetensors"))
     return gpt.eval()
+
+
+def of_bundle(load: Callable[[Path], Any], directory: Path) -> Any:
+    try:
+        return load(directory)
+    except bundle.BundleError as error:
+        raise SystemExit(str(error)) from None
 
 
 def read_json(directory: Path, name: str, otherwise: str) -> Any:

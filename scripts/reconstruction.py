@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -42,10 +43,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return value.mean((1, 2, 3))
 
 
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of code frequencies: how many codes an even use would take; counts (K,)"""
+def entropy(counts: Tensor) -> float:
+    """Nats, of the frequencies that counts (K,) stand for."""
     p = counts.double() / counts.sum()
-    return (-(p * p.clamp(min=1e-30).log()).sum()).exp().item()
+    return -(p * p.clamp(min=1e-30).log()).sum().item()
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def score(vqgan: VQGAN, images: Tensor,
             sums[name] = sums.get(name, 0.0) + value.sum().item()
     scores = {name: total / len(images) for name, total in sums.items()}
     scores |= {"codebook_usage": (counts > 0).float().mean().item(),
-               "codebook_perplexity": perplexity(counts)}
+               "codebook_perplexity": math.exp(entropy(counts))}
     shown = images[:8].to(device).float() / 255
     both = torch.cat([shown, torch.cat(copies)])
     return scores, grid(both, len(shown), ["held-out images", "as the VQGAN copies them"])

@@ -15,14 +15,16 @@ import math
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
@@ -35,7 +37,7 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 PROBE = 10  # steps of the trial that measures speed for --time
 # Settings that may differ when a run goes on: where things are, how often it saves, its rate.
 FREE = {"images", "shards", "validation", "captions", "run", "clip", "vqgan", "start_from", "time",
-        "save_minutes", "workers", "lr", "texts", "decoder_of"}
+        "save_minutes", "workers", "lr", "decoder_of"}
 
 
 class Training(Protocol):
@@ -57,9 +59,9 @@ def add_arguments(p: argparse.ArgumentParser, *, steps: int, batch: int, lr: flo
     length.add_argument("--steps", type=positive, default=steps, help=f"({steps})")
     length.add_argument("--time", type=duration, help="instead of --steps, as in 90s, 20m, 2h")
     p.add_argument("--batch", type=positive, default=batch, help=f"of each process ({batch})")
-    p.add_argument("--lr", type=amount, default=lr, help=f"peak learning rate ({lr:g})")
+    p.add_argument("--lr", type=number(most=1e30), default=lr, help=f"peak learning rate ({lr:g})")
     p.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of autocast (float32)")
-    p.add_argument("--seed", type=whole, default=0)
+    p.add_argument("--seed", type=number(most=2**63 - 1, kind=int), default=0)
     p.add_argument("--save-minutes", type=amount, default=3.0, help="between checkpoints (3)")
     p.add_argument("--validations", type=positive, default=10, help="in the whole run (10)")
 
@@ -101,8 +103,13 @@ def duration(text: str) -> float:
 def start(dtype: str, seed: int) -> Accelerator:
     """The processes and devices of this run, as `accelerate launch` or its absence has it."""
     sys.excepthook = say_interrupted
+    # TensorBoard's own thread meets a full disk too; the loop below is the one to say it.
+    threading.excepthook = lambda fault: (None if isinstance(fault.exc_value, OSError)
+                                          else threading.__excepthook__(fault))
     torch.manual_seed(seed)
-    return Accelerator(mixed_precision=PRECISIONS[dtype])
+    # One process may work while the others wait: it fetches CLIP, or evaluates.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(mixed_precision=PRECISIONS[dtype], kwargs_handlers=[patience])
 
 
 def say_interrupted(kind: type, error: BaseException, traceback: Any) -> None:
@@ -144,7 +151,7 @@ def run(a: argparse.Namespace, accelerator: Accelerator, make: Callable[[int], T
     Returns the finished training, its steps and the last scores.  SystemExit, one sentence: other
     settings, a loss that is not finite, a disk that is full, Ctrl-C (after saving).
     """
-    with claim(a.run, accelerator.is_main_process):
+    with claim(a.run, accelerator.is_main_process), enough_memory(a.batch):
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()
                     if k not in FREE} | facts | {"processes": accelerator.num_processes}
         settings = json.loads(json.dumps(settings))
@@ -169,6 +176,16 @@ def run(a: argparse.Namespace, accelerator: Accelerator, make: Callable[[int], T
             if accelerator.scaler and state["scaler"]:
                 accelerator.scaler.load_state_dict(state["scaler"])
         return training, steps, Loop(a, accelerator, settings, training, steps).go(first)
+
+
+@contextlib.contextmanager
+def enough_memory(batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"out of memory with --batch {batch}: free some of the device's memory, "
+                         "and the same command goes on; or give a smaller --batch in another --run"
+                         ) from None
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> str:
@@ -222,6 +239,7 @@ class Loop:
         self.pending: list[dict[str, Tensor]] = []  # of the steps since the last line
         self.saved_step: int | None = None
         self.stop_signal = 0
+        self.board: SummaryWriter | None = None
         self.scores: dict[str, float] = {}
 
     def go(self, first: int) -> dict[str, float]:
@@ -311,7 +329,8 @@ class Loop:
 
     def fail(self, reason: str) -> None:
         """End all processes; one of them says why."""
-        raise SystemExit(f"{self.directory}: {reason}" if self.board else 1)
+        main = self.accelerator.is_main_process
+        raise SystemExit(f"{self.directory}: {reason}" if main else 1)
 
     def validate(self, done: int) -> None:
         self.scores, grids = self.training.validate()
@@ -356,7 +375,7 @@ class Loop:
                      "training": self.training.state()}
             if not all_finite(state["training"]):
                 fault = (f"weights that are not finite after step {done} are not saved; "
-                         f"{self.remedy(done + 1)}")
+                         f"{self.remedy(done)}")
             else:
                 try:
                     checkpoints.save(self.directory, done, state)

@@ -48,7 +48,7 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
             vqgan["--gan"] = 0
     widths = (widths + widths[-1:] * halvings)[:halvings + 1]
     vqgan |= {"--channels": ",".join(map(str, widths)), "--codebook-size": codebook}
-    return size, flags(vqgan), flags(gpt) + (["--compile"] if cuda else [])
+    return size, flags(vqgan), flags(gpt)
 
 
 def usual_size(images: Images, most: int) -> int:

@@ -21,8 +21,11 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from clipgen.bundle import BundleError
+from clipgen.bundle import BundleError, SamplingDefaults, load_bundle, refuse_other_files
 from clipgen.pipeline import to_image
 from scripts import (
     checkpoints,
@@ -44,32 +47,33 @@ from scripts import (
 from scripts.card import curves_of, plot, write_card
 from scripts.feed import open_parts, stack_views
 from scripts.images import Images
-from scripts.parts import load_clip
+from scripts.parts import load_clip, load_vqgan
 from scripts.shards import read_shards
 from scripts.sizes import new_sizes, sizes_of
 
-# Shares of --time.  What encoding and evaluation leave over goes to the GPT.
-SHARES = {"vqgan": 0.55, "encode": 0.08, "evaluate": 0.08}
-VIEWS_PER_SECOND = {"cpu": 150, "cuda": 2000}  # encoded, about; crops are chosen by it
+# Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
+SHARES = {"vqgan": 0.5, "encode": 0.08, "gpt": 0.25, "evaluate": 0.08}
 GUIDANCE, TOP_P = 2.0, 0.95  # those that suited the default bundle, a little gentler
 EVALUATED = 200  # held-out images that samples are compared with
-MOST_CROPS = 16
+MOST_CROPS, MOST_ENCODING = 16, 0.3  # views of an image; share of --time
 
 
 @dataclass
 class Plan:
     """What was settled when the run began; kept in plan.json, so that a rerun does the same."""
 
+    command: list[str]
     arguments: dict  # those that make the result
     n_images: int
     n_held_out: int
-    n_captioned: int  # held-out images with a caption
     fingerprint: str
+    size: int
     vqgan: list[str]  # flags of the stage
     gpt: list[str]
-    size: int
     seconds: float
-    spent: dict[str, float]  # by finished stage
+    encode: list[str] | None = None  # flags, settled when the stage begins
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    result: dict | None = None  # of a finished run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,17 +93,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="of --from: VQGAN and GPT, the GPT alone, or the VQGAN's decoder alone")
     add("--captions", type=Path, help="NAME<TAB>caption lines or COCO's JSON: to measure with, "
         "never to train on")
-    add("--held-out", type=float, default=0.05, help="share of images kept for measuring (0.05)")
-    add("--scale", type=float, default=0.85, help="least share of the side in a crop (0.85)")
+    add("--held-out", type=runs.share, default=0.05, help="share of images kept for measuring, at "
+        "most 5,000 of them (0.05)")
+    add("--scale", type=runs.scale, default=0.85, help="least share of the side in a crop (0.85)")
     add("--no-flip", action="store_true", help="mirror no image")
     add("--dtype", choices=runs.PRECISIONS, help="default: bfloat16 on CUDA where it has it")
-    add("--workers", type=int, help="processes that read images (default: by machine)")
+    add("--workers", type=runs.whole, help="processes that read images (default: by machine)")
     add("--run", type=Path, help="directory of the work (default: runs/ and the name of --out)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=runs.number(most=2**31 - 1, kind=int), default=0)
     a = p.parse_args(arguments)
+    a.command = sys.argv[1:] if arguments is None else arguments
     a.run = a.run or Path("runs") / a.out.name
     cuda = torch.cuda.is_available()
-    a.dtype = a.dtype or ("bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32")
+    # Before compute capability 8 bfloat16 is emulated, and Triton compiles for none below 7.5.
+    a.modern = cuda and torch.cuda.get_device_capability()[0] >= 8
+    a.dtype = a.dtype or ("bfloat16" if a.modern else "float16" if cuda else "float32")
     a.workers = a.workers if a.workers is not None else (
         min(8, (os.cpu_count() or 2) // 2) if cuda else 0)
     if a.start_from and a.clip:
@@ -116,50 +124,74 @@ def main(arguments: list[str] | None = None) -> dict:
     accelerator = runs.start(a.dtype, a.seed)
     try:
         images, held, fingerprint = open_parts(a.images, None, a.held_out, a.captions)
-        plan = make_plan(a, accelerator, images, held, fingerprint)
+        plan = None
+        if accelerator.is_main_process:
+            plan = old_plan(a, fingerprint) or new_plan(a, accelerator, images, held, fingerprint)
+        plan, = broadcast_object_list([plan])
     except (ValueError, BundleError) as error:
         raise SystemExit(str(error)) from None
+    except OSError as error:
+        raise SystemExit(f"{error.filename} cannot be used ({error.strerror}): give other --out "
+                         "and --run directories") from None
+    if plan.result and (a.out / "config.json").is_file():
+        if accelerator.is_main_process:
+            print(f"{a.out} is finished: nothing to do", file=sys.stderr)
+        return plan.result
     if accelerator.is_main_process:
         describe(a, accelerator, plan)
-    stages = Stages(a, accelerator, plan, began)
+    return Stages(a, accelerator, plan, began).run(held)
+
+
+def settings_of(a: argparse.Namespace) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(a).items()
+            if name not in ("run", "workers", "time", "images", "command", "modern")}
+
+
+def old_plan(a: argparse.Namespace, fingerprint: str) -> Plan | None:
+    """The plan of an earlier start of this run.  ValueError: it was of something else."""
+    path, settings = a.run / "plan.json", settings_of(a)
+    if not path.is_file():
+        return None
     try:
-        return stages.run(held)
-    except torch.OutOfMemoryError:
-        raise SystemExit("out of memory: give a smaller --size, or leave more of the device's "
-                         "memory free; the same command goes on from the last checkpoint"
-                         ) from None
-
-
-def make_plan(a: argparse.Namespace, accelerator: Accelerator, images: Images, held: Images,
-              fingerprint: str) -> Plan:
-    """The plan of an earlier start of the same run, else a new one, equal in all processes."""
-    path = a.run / "plan.json"
-    settings = {name: str(value) for name, value in vars(a).items()
-                if name not in ("run", "workers", "time", "images")}
-    if path.is_file():
         plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
-        changed = sorted(k for k in settings if settings[k] != plan.arguments.get(k))
-        if changed:
-            raise ValueError(f"{a.run} holds a run with other arguments ({', '.join(changed)}): "
-                             "give those again, or another --run directory")
-        if plan.fingerprint != fingerprint:
-            raise ValueError(f"{a.run} was begun with other images than {a.images} holds now: "
-                             "give another --run directory")
-        return plan
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: give another --run directory") from None
+    changed = sorted(k for k in settings if settings[k] != plan.arguments.get(k))
+    if changed:
+        raise ValueError(f"{a.run} holds a run with other arguments ({', '.join(changed)}): give "
+                         "those again, or another --run directory")
+    if plan.fingerprint != fingerprint:
+        raise ValueError(f"{a.run} was begun with other images than {a.images} holds now: give "
+                         "another --run directory")
+    if plan.seconds != a.time:
+        print(f"this run was begun with {plan.seconds / 60:g} minutes, and keeps to them",
+              file=sys.stderr)
+    return plan
+
+
+def new_plan(a: argparse.Namespace, accelerator: Accelerator, images: Images, held: Images,
+             fingerprint: str) -> Plan:
+    """ValueError: directories that hold other things, a size that cannot be."""
     if (a.out / "config.json").exists():
         raise ValueError(f"{a.out} holds a bundle already: give another --out, or delete it")
+    if a.out.is_dir():
+        refuse_other_files(a.out)
+    if a.run.is_dir() and any(a.run.iterdir()):
+        raise ValueError(f"{a.run} holds other things: give another --run directory")
+    source = Path(a.images).resolve()
+    for name, path in (("--out", a.out), ("--run", a.run)):
+        if source.is_dir() and source in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{name} {path} lies in the folder of the images, and what is written "
+                             "there would count as one of them: give one outside")
     cuda = accelerator.device.type == "cuda"
     size, vqgan, gpt = (sizes_of(a.start_from, a.size, cuda) if a.start_from
                         else new_sizes(images, a.size, cuda, a.time))
-    captioned = sum(bool(held.captions(i)) for i in range(min(len(held), 1000)))
-    plan, = broadcast_object_list([Plan(
-        settings, len(images), len(held), captioned, fingerprint, vqgan, gpt, size, a.time, {})])
-    if accelerator.is_main_process:
-        load_clip(a.clip)  # better now than after the first stage
-        a.run.mkdir(parents=True, exist_ok=True)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(path, json.dumps(asdict(plan), indent=1))
-    accelerator.wait_for_everyone()
+    load_clip(a.clip)  # better now than after the first stage
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.run.mkdir(parents=True, exist_ok=True)
+    plan = Plan(a.command, settings_of(a), len(images), len(held), fingerprint, size, vqgan,
+                gpt + (["--compile"] if a.modern else []), a.time)
+    checkpoints.write_text(a.run / "plan.json", json.dumps(asdict(plan), indent=1))
     return plan
 
 
@@ -187,47 +219,51 @@ class Stages:
         self.a, self.accelerator, self.plan = a, accelerator, plan
         self.mark = began
         self.vqgan_run, self.gpt_run, self.shards = (a.run / n for n in ("vqgan", "gpt", "shards"))
+        self.new = a.start_from is None
+        self.vqgan = str(self.vqgan_run) if self.new or a.tune != "gpt" else str(a.start_from)
+        self.gpt = self.gpt_run if self.new or a.tune != "decoder" else a.start_from
 
-    def done(self, stage: str) -> None:
-        """Note what a stage took, once, for the stages after it."""
-        now = time.time()
-        self.plan.spent.setdefault(stage, now - self.mark)
-        self.mark = now
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add what a stage takes to the plan, also where it is interrupted."""
+        try:
+            yield
+        finally:
+            now = time.time()
+            self.plan.spent[stage] = self.plan.spent.get(stage, 0.0) + now - self.mark
+            self.mark = now
+            self.keep_plan()
+
+    def keep_plan(self) -> None:
         if self.accelerator.is_main_process:
             checkpoints.write_text(self.a.run / "plan.json",
                                    json.dumps(asdict(self.plan), indent=1))
 
     def run(self, held: Images) -> dict:
         a, plan = self.a, self.plan
-        new = a.start_from is None
-        vqgan_scores, gpt_scores = {}, {}
-        vqgan = str(self.vqgan_run) if new or a.tune != "gpt" else str(a.start_from)
-        gpt = self.gpt_run if new or a.tune != "decoder" else a.start_from
-        if vqgan == str(self.vqgan_run):
-            vqgan_scores = self.train_vqgan()
-        self.done("vqgan")
-        if gpt == self.gpt_run:
-            self.encode(vqgan)
-            self.done("encode")
-            gpt_scores = self.train_gpt(vqgan)
-        self.done("gpt")
         result = {"bundle": str(a.out), "n_images": plan.n_images, "n_held_out": plan.n_held_out}
-        result |= {k: vqgan_scores[k] for k in ("psnr_db", "ssim", "codebook_usage")
-                   if k in vqgan_scores}
-        result |= {k: gpt_scores[k] for k in ("token_ce", "unigram_ce", "token_ce_text", "text_gap")
-                   if k in gpt_scores}
-        if gpt == self.gpt_run:
+        if self.vqgan == str(self.vqgan_run):
+            with self.timed("vqgan"):
+                scores = self.train_vqgan()
+            result |= {k: scores[k] for k in ("psnr_db", "ssim")}
+        if self.gpt == self.gpt_run:
+            with self.timed("encode"):
+                self.encode()
+            with self.timed("gpt"):
+                scores = self.train_gpt()
+            result |= {k: scores[k] for k in ("token_ce", "unigram_ce", "token_ce_text", "text_gap")
+                       if k in scores}
             counts = sum(read_shards(self.shards, part).code_counts()
                          for part in ("train", "validation"))
             result["codebook_usage"] = round((counts > 0).float().mean().item(), 4)
         if self.accelerator.is_main_process:
-            self.bundle(vqgan, gpt)
-            scores = self.evaluate(held)
-            result |= {k: scores[k] for k in ("clip_score", "clip_i", "frechet_distance",
-                                              "seconds_per_image") if scores.get(k) is not None}
-            self.done("evaluate")
+            with self.timed("evaluate"):
+                self.bundle()
+                result |= self.evaluate(held)
             result["seconds"] = round(sum(plan.spent.values()), 1)
             self.write_card(result)
+            plan.result = result
+            self.keep_plan()
         self.accelerator.wait_for_everyone()
         return result
 
@@ -241,9 +277,8 @@ class Stages:
 
     def train_vqgan(self) -> dict:
         a, plan = self.a, self.plan
-        seconds = max(10.0, SHARES["vqgan"] * plan.seconds - (time.time() - self.mark))
-        if a.tune == "decoder":
-            seconds += 0.3 * plan.seconds
+        share = 1 - SHARES["evaluate"] if a.tune == "decoder" else SHARES["vqgan"]
+        seconds = max(10.0, share * plan.seconds - (time.time() - self.mark))
         given = []
         if a.start_from:
             given = ["--decoder-of" if a.tune == "decoder" else "--from", str(a.start_from)]
@@ -251,75 +286,105 @@ class Stages:
             a.images, "--run", str(self.vqgan_run), "--clip", a.clip, "--time", f"{seconds:.1f}s",
             *plan.vqgan, *given, *self.common("dtype", "seed", "workers", "held_out", "crop")])
 
-    def encode(self, vqgan: str) -> None:
+    def encode(self) -> None:
         a, plan = self.a, self.plan
-        views = SHARES["encode"] * plan.seconds * VIEWS_PER_SECOND[self.accelerator.device.type]
-        crops = max(2, min(MOST_CROPS, int(views / plan.n_images)))
+        if plan.encode is None:
+            plan.encode, = broadcast_object_list([self.views()])
+            self.keep_plan()
         captions = ["--captions", str(a.captions)] if a.captions else []
         encode_images.main([
-            a.images, str(self.shards), "--clip", a.clip, "--vqgan", vqgan, "--crops", str(crops),
+            a.images, str(self.shards), "--clip", a.clip, "--vqgan", self.vqgan, *plan.encode,
             *captions, *self.common("seed", "workers", "held_out", "crop")])
 
-    def train_gpt(self, vqgan: str) -> dict:
+    def views(self) -> list[str]:
+        """How many crops of how many images can be encoded in the time, from the speed of a few."""
+        plan, device = self.plan, self.accelerator.device
+        clip, vqgan = load_clip(self.a.clip).to(device), load_vqgan(self.vqgan).to(device)
+        pixels = torch.rand(8, 3, plan.size, plan.size, device=device)
+        for _ in range(2):  # the first time is slow
+            began = time.time()
+            vqgan.encode(pixels).cpu(), clip.embed_pixels(pixels).cpu()
+        rate = len(pixels) * self.accelerator.num_processes / (time.time() - began)
+        crops = int(rate * SHARES["encode"] * plan.seconds / plan.n_images)
+        most = max(64, int(rate * MOST_ENCODING * plan.seconds))
+        if most >= plan.n_images:
+            return ["--crops", str(max(1, min(MOST_CROPS, crops)))]
+        if self.accelerator.is_main_process:
+            print(f"encoding {most} of {plan.n_images} images, at {rate:.1f} a second there is no "
+                  "time for more", file=sys.stderr)
+        return ["--crops", "1", "--limit", str(most)]
+
+    def train_gpt(self) -> dict:
         a, plan = self.a, self.plan
         left = (1 - SHARES["evaluate"]) * plan.seconds - sum(plan.spent.values())
+        least = SHARES["gpt"] * plan.seconds
+        if left < least and self.accelerator.is_main_process:
+            print(f"the stages before took longer than planned, so the whole takes about "
+                  f"{(least - left) / 60:.0f} min more than it should", file=sys.stderr)
         given = ["--from", str(a.start_from)] if a.start_from else []
         return train_gpt.main([
-            str(self.shards), "--run", str(self.gpt_run), "--vqgan", vqgan, "--time",
-            f"{max(10.0, left):.1f}s", *plan.gpt, *given, *self.common("dtype", "seed")])
+            str(self.shards), "--run", str(self.gpt_run), "--vqgan", self.vqgan, "--time",
+            f"{max(10.0, left, least):.1f}s", *plan.gpt, *given, *self.common("dtype", "seed")])
 
-    def bundle(self, vqgan: str, gpt: Path) -> None:
+    def bundle(self) -> None:
+        """A bundle that was fine-tuned keeps its own sampling settings."""
         a = self.a
-        guided = ["--guidance", str(GUIDANCE), "--top-p", str(TOP_P)]
-        make_bundle.main([str(a.out), "--clip", a.clip, "--vqgan", vqgan, "--gpt", str(gpt),
-                          "--trained-on", f"{self.plan.n_images} images of {Path(a.images).name}",
-                          *guided])
+        sampling = SamplingDefaults(guidance=GUIDANCE, top_p=TOP_P)
+        if not self.new:
+            sampling = load_bundle(a.start_from).sampling
+        settings = [text for name, value in asdict(sampling).items()
+                    for text in (f"--{name.replace('_', '-')}", str(value))]
+        make_bundle.main([
+            str(a.out), "--clip", a.clip, "--vqgan", self.vqgan, "--gpt", str(self.gpt),
+            "--trained-on", f"{self.plan.n_images} images of {Path(a.images).name}", *settings])
 
     def evaluate(self, held: Images) -> dict:
         """Samples from the embeddings of held-out images, or of their captions, beside them."""
-        a, folder = self.a, self.a.run / "held_out"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        a = self.a
         indices, views = stack_views(held, self.plan.size, EVALUATED)
-        for i, view in zip(indices, views, strict=True):
-            to_image(view.float() / 255).save(folder / f"{i:06d}.png")
-        flags = ["--images", str(folder), "--sheet", str(a.run / "sheet.png"), "--candidates", "1",
-                 "--features", "clip"]
-        texts = [held.captions(i)[0] for i in indices if held.captions(i)]
-        if len(texts) > 1:
-            (a.run / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-            flags += ["--prompts", str(a.run / "prompts.txt")]
-        return evaluate.evaluate(evaluate.parse_arguments([str(a.out), *flags]))
+        if len(indices) < 2:
+            print("one held-out image is too few to compare samples with", file=sys.stderr)
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            for i, view in zip(indices, views, strict=True):
+                to_image(view.float() / 255).save(Path(folder, f"{i:06d}.png"))
+            flags = ["--images", folder, "--sheet", str(a.run / "sheet.png"), "--candidates", "1",
+                     "--features", "clip"]
+            texts = [held.captions(i)[0] for i in indices if held.captions(i)]
+            if len(texts) > 1:
+                prompts = a.run / "prompts.txt"
+                prompts.write_text("\n".join(texts) + "\n", encoding="utf-8")
+                flags += ["--prompts", str(prompts)]
+            scores = evaluate.evaluate(evaluate.parse_arguments([str(a.out), *flags]))
+        names = ("clip_score", "clip_i", "retrieval_r1", "frechet_distance", "features", "n_real",
+                 "n_generated", "independent", "seconds_per_image")
+        return {k: scores[k] for k in names if scores.get(k) is not None}
 
     def write_card(self, result: dict) -> None:
+        """The model card, unless somebody has written one."""
         a, plan = self.a, self.plan
+        if (a.out / "README.md").exists():
+            return
         plots, grids = {}, {}
         if (self.vqgan_run / "log.jsonl").is_file():
-            curves = curves_of(self.vqgan_run, ("l1", "perceptual"))
-            plots["vqgan"] = plot("VQGAN", curves)
+            plots["vqgan"] = plot("VQGAN", curves_of(self.vqgan_run, ("l1", "perceptual")))
             grids["copies"] = ("Held-out images and the VQGAN's copies of them",
                                Image.open(self.vqgan_run / "grid.png"))
         if (self.gpt_run / "log.jsonl").is_file():
             plots["gpt"] = plot("GPT, nats per code", curves_of(self.gpt_run, ("loss", "token_ce")))
-        grids["samples"] = ("Samples beside the held-out images or captions they were made from",
-                            Image.open(a.run / "sheet.png"))
+        if (a.run / "sheet.png").is_file():
+            grids["samples"] = ("Samples, with what each was made from",
+                                Image.open(a.run / "sheet.png"))
         write_card(
             a.out, data={"images": a.images, "trained on": plan.n_images,
                          "held out": plan.n_held_out, "sha256 of the list": plan.fingerprint[:16]},
-            command=f"python -m scripts.train {shlex.join(command_of(a))}",
+            command=f"python -m scripts.train {shlex.join(plan.command)}",
             settings={"CLIP": a.clip, "VQGAN": " ".join(plan.vqgan), "GPT": " ".join(plan.gpt),
                       "precision": a.dtype, "seconds by stage":
                       ", ".join(f"{k} {v:.0f}" for k, v in plan.spent.items())},
-            scores={k: v for k, v in result.items() if isinstance(v, float)},
+            scores={k: v for k, v in result.items() if k not in ("bundle", "n_images",
+                                                                "n_held_out")},
             plots=plots, grids=grids)
-
-
-def command_of(a: argparse.Namespace) -> list[str]:
-    """The arguments that say what was done."""
-    given = {"--clip": None if a.start_from else a.clip, "--size": a.size, "--from": a.start_from,
-             "--captions": a.captions, "--time": f"{a.time:g}s"}
-    flags = [text for name, value in given.items() if value for text in (name, str(value))]
-    return [a.images, "--out", str(a.out), *flags, *(["--no-flip"] if a.no_flip else [])]
 
 
 if __name__ == "__main__":

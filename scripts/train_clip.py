@@ -49,13 +49,13 @@ class SharedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        world = torch.distributed.get_world_size()
-        n = world * x.numel() // x.shape[1]
-        exact = x.float()  # in half precision the difference below would be noise
-        moments = torch.stack([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
-        mean, square = distributed.all_reduce(moments) / world
-        variance = square - mean**2
+        exact = x.float()
+        mine = torch.stack(torch.var_mean(exact, (0, 2, 3), correction=0))  # (2, C)
+        variances, means = torch.stack(distributed.all_gather(mine), 1)  # (world, C) each
+        mean = means.mean(0)
+        variance = (variances + (means - mean)**2).mean(0)
         with torch.no_grad():
+            n = len(means) * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * n / (n - 1), self.momentum)

@@ -33,6 +33,7 @@ from scripts import runs
 from scripts.grids import grid
 from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
 from scripts.parts import CODES, fingerprint, load_clip, load_gpt, load_vqgan
+from scripts.reconstruction import entropy
 from scripts.shards import Shards, file_sha256, read_shards
 from scripts.views import order
 
@@ -84,14 +85,18 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.clip, self.vqgan = clip.requires_grad_(False), vqgan.requires_grad_(False)
 
-    def forward(self, logits: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, embedding: Tensor, mean: Tensor | None) -> Tensor:
+        """Logits (N, L, K) and the embeddings (N, D) they should lead to, less `mean` if given."""
         soft = logits.float().softmax(-1)  # (N, L, K)
         hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
         vectors = (hard + soft - soft.detach()) @ self.vqgan.quantizer.codebook()  # (N, L, d)
         side = self.vqgan.config.grid
         pixels = self.vqgan.decoder(vectors.transpose(1, 2).unflatten(2, (side, side)))
         seen = self.clip.model.encode_image(self.clip.preprocess((pixels * 0.5 + 0.5).clamp(0, 1)))
-        return 1 - F.cosine_similarity(seen.float(), embedding).mean()
+        seen = F.normalize(seen.float(), dim=1)
+        if (own := self.clip.config.image_embedding_mean) is not None:
+            seen = centre(seen, seen.new_tensor(own))
+        return 1 - (centre(seen, mean) * embedding).sum(1).mean()
 
 
 class GPTTraining:
@@ -125,6 +130,7 @@ class GPTTraining:
         clean = centre(clean, self.means["image"])
         noise = perturbation(total, clean.shape[1], a.noise, generator, a.noise_kind)[mine]
         e = F.normalize(clean + noise.to(device), dim=1)
+        dropped = torch.zeros(a.batch, dtype=torch.bool)
         if self.gpt.config.null_embedding:
             dropped = (torch.rand(total, generator=generator) < a.drop_condition)[mine]
             e = torch.where(dropped[:, None].to(device), self.gpt.null_embedding, e)
@@ -134,8 +140,10 @@ class GPTTraining:
             logits = self.wrapped(e, codes[:, :-1])  # (N, L, K)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         values = {"loss": loss}
-        if self.reconstruction:
-            values["reconstruction"] = self.reconstruction(logits, clean)
+        if self.reconstruction and not dropped.all():
+            given = ~dropped.to(device)
+            values["reconstruction"] = self.reconstruction(logits[given], clean[given],
+                                                           self.means["image"])
             loss = loss + a.reconstruction * values["reconstruction"]
         set_learning_rate(self.optimizer, learning_rate(step, self.steps, a.lr, a.warmup))
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,6 +192,12 @@ class GPTTraining:
             total += F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() * len(part)
         return total / len(indices)
 
+    def unigram(self, count: int = 1000) -> float:
+        """Entropy of code frequencies, nats, of the images that `validate` looks at."""
+        index = torch.arange(min(count, len(self.held)))
+        codes, _ = self.held.rows(index, torch.zeros_like(index))
+        return entropy(torch.bincount(codes.flatten()))
+
     def samples(self, texts: Tensor | None = None, indices: Tensor | None = None) -> Image.Image:
         """Held-out images (as the VQGAN copies them) over samples, given their own embeddings or
         those of their captions."""
@@ -195,15 +209,10 @@ class GPTTraining:
                                                temperature=1.0, top_k=0, top_p=1.0, guidance=1.0)
         side = self.vqgan.config.grid
         both = torch.cat([codes.to(drawn), drawn]).view(-1, side, side)
+        both = both.to(self.accelerator.device)
         given = "image" if texts is None else "caption"
         return grid(self.vqgan.to(both.device).decode(both), columns=len(chosen),
                     labels=["copied by the VQGAN", f"sampled from the {given}'s embedding"])
-
-
-def entropy(counts: Tensor) -> float:
-    """Nats, of the frequencies that counts (K,) stand for."""
-    p = counts.double() / counts.sum()
-    return -(p * p.clamp(min=1e-30).log()).sum().item()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -245,9 +254,13 @@ def main(arguments: list[str] | None = None) -> dict:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     manifest = data.manifest
-    if held.manifest["vqgan_sha256"] != manifest["vqgan_sha256"]:
-        raise SystemExit(f"{a.validation} was encoded by another VQGAN than {a.shards}: "
-                         "encode it again")
+    for part, name in (("vqgan", "VQGAN"), ("clip", "CLIP")):
+        if held.manifest[f"{part}_sha256"] != manifest[f"{part}_sha256"]:
+            raise SystemExit(f"{a.validation} was encoded by another {name} than {a.shards}: "
+                             "encode it again")
+    if a.subtract_means and manifest["centred"]:
+        raise SystemExit(f"the CLIP that {a.shards} was encoded with takes means off already: "
+                         "leave --subtract-means out")
     vqgan = load_vqgan(a.vqgan) if a.vqgan else None
     if vqgan and fingerprint(vqgan, *CODES) != manifest["vqgan_sha256"]:
         raise SystemExit(f"{a.shards} was encoded by another VQGAN than {a.vqgan}: give that one, "
@@ -268,7 +281,7 @@ def main(arguments: list[str] | None = None) -> dict:
                                                   reconstruction, vqgan),
         gpt=vars(gpt.config), vqgan_sha256=manifest["vqgan_sha256"],
         clip_sha256=manifest["clip_sha256"], data=file_sha256(a.shards / "manifest.json"))
-    scores["unigram_ce"] = entropy(held.code_counts())
+    scores["unigram_ce"] = training.unigram()
     if speeds := sorted(runs.logged(a.run, "steps_per_second")):
         rate = speeds[len(speeds) // 2] * a.batch * accelerator.num_processes * data.length
         scores["codes_per_second"] = rate

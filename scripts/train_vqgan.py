@@ -179,7 +179,8 @@ class VQGANTraining:
         counts = torch.bincount(codes.flatten(), minlength=len(self.used)).float()
         self.used += accelerator.reduce(counts, "sum")
         if (step + 1) % self.restart_every == 0:
-            if step + 1 < 0.6 * self.steps and not a.decoder_of:
+            # The codes of a finished model have a meaning that its GPT relies on.
+            if step + 1 < 0.6 * self.steps and self.new:
                 values["restarted"] = self.restart([features.detach()], step + 1)
             self.used.zero_()
         if accelerator.num_processes > 1:
@@ -195,12 +196,13 @@ class VQGANTraining:
         if gradient:
             values[gradient] = norm
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # the scaler of float16 looks at all optimisers'
 
     @torch.no_grad()
     def place_codes(self, pixels: Tensor, step: int) -> None:
         """All codes to outputs of the encoder, for this batch and some more."""
         needed = 4 * self.vqgan.config.codebook_size / self.vqgan.config.grid**2
-        count = int(needed / (len(pixels) * self.accelerator.num_processes))
+        count = min(64, int(needed / (len(pixels) * self.accelerator.num_processes)))
         views = [pixels, *(v.to(pixels.device).float() / 255
                            for _, v in self.feed.batches(step + 1, count))]
         self.used.zero_()
@@ -241,7 +243,7 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--validation", help="images that are not trained on (default: a held-out share)")
     add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
     add("--clip", help="bundle, run or open_clip's ARCHITECTURE:PRETRAINED; perceptual loss")
-    add("--size", type=runs.positive, default=64, help="pixels a side (64)")
+    add("--size", type=runs.positive, help="pixels a side (64, or that of --from)")
     add("--channels", default="32,64,64,128", help="a level each; each but the first halves")
     add("--blocks", type=runs.positive, default=1, help="residual blocks a level (1)")
     add("--attention", default="", help="sizes in pixels that get self-attention, as in 16,32")
@@ -314,17 +316,21 @@ def make_vqgan(a: argparse.Namespace) -> VQGAN:
     """A new VQGAN of the flags' sizes, or that of --from or --decoder-of."""
     if a.start_from or a.decoder_of:
         vqgan = load_vqgan(a.start_from or a.decoder_of).float().train().requires_grad_(True)
+        if a.size not in (None, vqgan.config.image_size):
+            raise SystemExit(f"--size {a.size} is not that of {a.start_from or a.decoder_of}, "
+                             f"{vqgan.config.image_size}: leave --size out")
         if a.decoder_of:
             vqgan.encoder.requires_grad_(False)
             vqgan.quantizer.requires_grad_(False)
         return vqgan
+    size = a.size or 64
     try:
         if a.published:
-            return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": a.size}))
+            return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": size}))
         numbers = {name: tuple(int(c) for c in getattr(a, name).split(",") if c)
                    for name in ("channels", "attention")}
         vqgan = VQGAN(VQGANConfig(
-            image_size=a.size, channels=numbers["channels"], attention_sizes=numbers["attention"],
+            image_size=size, channels=numbers["channels"], attention_sizes=numbers["attention"],
             blocks_per_level=a.blocks, code_dim=a.code_dim, codebook_size=a.codebook_size,
             l2_normalised=not a.unnormalised, norm_groups=a.norm_groups))
         vqgan.initialise()

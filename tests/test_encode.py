@@ -23,6 +23,7 @@ from scripts.parts import CODES, fingerprint, load_clip, load_vqgan
 from scripts.shards import read_shards
 from scripts.views import centre_view
 from tests.micro import micro_bundle, micro_vqgan
+from tests.processes import ONE_THREAD, TWO_PROCESSES
 
 PER_SHARD, COUNT, CROPS, UNREADABLE = 8, 30, 3, ("04.png", "05.png")
 
@@ -192,15 +193,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(encoded, source, bund
 
 def test_two_processes_make_the_same_shards(encoded, source, bundle, tmp_path):
     script = tmp_path / "encode.py"
-    script.write_text("from scripts import encode_images, runs\n"
+    script.write_text("from accelerate import PartialState\n"
+                      "from scripts import encode_images, runs\n"
                       f"encode_images.IMAGES_PER_SHARD = {PER_SHARD}\n"
-                      "runs.report(encode_images.main())\n")
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+                      "runs.report(encode_images.main())\n"
+                      "assert PartialState().num_processes == 2\n")
     result = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(source), str(tmp_path / "out"),
-         *flags(bundle)], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"})
+        [sys.executable, "-m", *TWO_PROCESSES, str(script), str(source), str(tmp_path / "out"),
+         *flags(bundle)], capture_output=True, text=True, env=ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == encoded[1]
     assert result.stdout.count("codebook_size") == 1

@@ -297,7 +297,7 @@ def test_respond_async_reports_to_the_webhook(server):
             report = json.loads(sink.requests[-1][2]) if sink.requests else {"status": None}
             return report["status"] == "succeeded" and report
 
-        report = wait_for(last, 30, "the last report to the webhook")
+        report = wait_for(last, 120, "the last report to the webhook")
     assert report["id"] == "later" and "Using seed: 3" in report["logs"]
     wait_for(lambda: server.health()["status"] == "READY", 5, "the end of the prediction")
     assert [data(url) for url in report["output"]] == server.files(text=TEXT, seed=3)

@@ -1,0 +1,138 @@
+"""Two processes (gloo) train as one does with the doubled batch."""
+
+import re
+import signal
+import sys
+
+import pytest
+import torch
+
+from scripts import checkpoints
+from tests.processes import (
+    FLAGS,
+    TWO_PROCESSES,
+    begin,
+    end,
+    log,
+    micro_images,
+    micro_shards,
+    saved,
+    sentence,
+    start,
+    train,
+    wait_until,
+    weights,
+)
+
+STEPS = 24  # few enough for each to be logged
+# Calls the script's main, then keeps what each process ends with.
+PROGRAM = """
+import importlib, sys
+import torch
+from accelerate import PartialState
+from scripts import runs
+
+def go(loop, first, before=runs.Loop.go):
+    scores = before(loop, first)
+    torch.save(loop.training.state(), loop.directory / f"process-{PartialState().process_index}.pt")
+    return scores
+
+runs.Loop.go = go
+importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    images = micro_images(root / "images")
+    return {"train_gpt": micro_shards(root / "shards"), "train_vqgan": images, "train_clip": images}
+
+
+def one_and_two(script, data, root, batch, *flags):
+    """Directories of a run of one process, and of one of two with half the batch each."""
+    (root / "both.py").write_text(PROGRAM)
+    flags = ("--steps", STEPS, *flags)
+    one = begin(script, data, root / "one", *flags, "--batch", batch)
+    arguments = (root / "both.py", script, data, "--run", root / "two", *FLAGS[script], *flags,
+                 "--batch", batch // 2)
+    two = start(sys.executable, "-m", *TWO_PROCESSES, *arguments)
+    end(one)
+    end(two)
+    assert checkpoints.load(root / "two")["settings"]["processes"] == 2
+    return root / "one", root / "two"
+
+
+def difference(one, two, name):
+    """The largest between two logs; both have it at the same steps."""
+    a, b = log(one, name), log(two, name)
+    assert a and a.keys() == b.keys()
+    return max(abs(a[step] - b[step]) for step in a)
+
+
+def equal(a, b):
+    """Whether two states are, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return a == b
+
+
+def both(run):
+    """What the two processes ended with, which must be the same."""
+    states = [torch.load(run / f"process-{i}.pt", weights_only=True) for i in (0, 1)]
+    assert equal(*states)
+    return states[0]
+
+
+def test_train_gpt(data, tmp_path):
+    # Dropout alone is drawn for each process.
+    one, two = one_and_two("train_gpt", data["train_gpt"], tmp_path, 16, "--dropout", 0)
+    assert len(log(one, "loss")) == STEPS
+    for name in ("loss", "gradient", "token_ce", "token_ce_text"):
+        assert difference(one, two, name) < 1e-4
+    both(two)
+    said = sentence("train_gpt", data["train_gpt"], two, "--dropout", 0, "--steps", STEPS)
+    assert "other settings (processes 2 became 1): give those again" in said
+
+
+def test_train_clip(data, tmp_path):
+    # Adam makes large steps of the rounding of small gradients: at the usual rate that shows.
+    one, two = one_and_two("train_clip", data["train_clip"], tmp_path, 16, "--lr", 1e-4)
+    assert len(log(one, "loss")) == STEPS
+    for name in ("loss", "scale"):
+        assert difference(one, two, name) < 1e-4
+    alone, together = checkpoints.load(one)["training"]["model"], both(two)["model"]
+    statistics = [name for name in alone if "running" in name]
+    assert statistics
+    for name in statistics:
+        torch.testing.assert_close(alone[name], together[name], atol=1e-4, rtol=1e-4)
+
+
+def test_train_vqgan(data, tmp_path):
+    one, two = one_and_two("train_vqgan", data["train_vqgan"], tmp_path, 8)
+    assert len(log(one, "loss")) == STEPS
+    for name in ("loss", "quantiser", "gan", "judge"):
+        assert difference(one, two, name) < 1e-4
+    assert difference(one, two, "adaptive") < 1e-4 * max(log(one, "adaptive").values())
+    assert max(log(one, "restarted").values()) > 0 == difference(one, two, "restarted")
+    alone, together = checkpoints.load(one)["training"], both(two)
+    assert torch.equal(alone["used"], together["used"])
+    assert alone["used"].sum() == 4 * 8 * 64  # of the steps since codes were restarted
+    name = "quantizer.embedding.weight"
+    torch.testing.assert_close(alone["model"][name], together["model"][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_what_two_processes_did(data, tmp_path):
+    command = "train_gpt", data["train_gpt"], tmp_path / "run"
+    process = begin(*command, processes=2)
+    wait_until(process, (command[2] / "log.jsonl").exists)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=300)[1]
+    step = int(re.search("stopped after step ([0-9]+) of 200, all of it saved", errors)[1])
+    assert saved(command[2]) == [step] and errors.count("stopped after") == 1
+    train(*command, processes=2)
+    train(*command[:2], tmp_path / "whole", processes=2)
+    assert weights(command[2]) == weights(tmp_path / "whole")
