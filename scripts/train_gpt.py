@@ -37,6 +37,7 @@ from scripts.reconstruction import entropy
 from scripts.shards import Shards, file_sha256, read_shards
 from scripts.views import order
 
+NEW = {"layers": 6, "width": 256, "heads": 4}  # sizes of a new GPT
 # Dense bf16 operations a second, in units of 1e12, from the makers' data sheets; the first name
 # that occurs in the device's counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L4": 121,
@@ -222,9 +223,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("shards", type=Path)
     add("--validation", type=Path, help="shards of images that are not trained on (default: the "
         "held-out part of the same)")
-    add("--layers", type=runs.positive, default=6)
-    add("--width", type=runs.positive, default=256)
-    add("--heads", type=runs.positive, default=4)
+    for name, value in NEW.items():
+        add(f"--{name}", type=runs.positive, help=f"({value}, or that of --from)")
     add("--from", dest="start_from", metavar="BUNDLE", help="go on from the GPT of a bundle or run")
     runs.add_arguments(p, steps=12000, batch=64, lr=1e-3)
     add("--warmup", type=runs.whole, default=300, help="steps (300)")
@@ -302,13 +302,18 @@ def make_gpt(a: argparse.Namespace, data: Shards) -> GPT:
             "embedding_dim": data.embedding_dim}
     if not a.start_from:
         try:
-            gpt = GPT(GPTConfig(layers=a.layers, width=a.width, heads=a.heads, **fits,
+            sizes = {name: getattr(a, name) or value for name, value in NEW.items()}
+            gpt = GPT(GPTConfig(**sizes, **fits,
                                 null_embedding=a.drop_condition > 0))
         except ValueError as error:
             raise SystemExit(f"{error}: give other --width and --heads") from None
         gpt.initialise()
         return gpt
     given = load_gpt(a.start_from)
+    for name in NEW:
+        if getattr(a, name) not in (None, getattr(given.config, name)):
+            raise SystemExit(f"--{name} {getattr(a, name)} is not that of {a.start_from}, "
+                             f"{getattr(given.config, name)}: leave --{name} out")
     for name, value in fits.items():
         if getattr(given.config, name) != value:
             raise SystemExit(f"the GPT of {a.start_from} has the {name} "

@@ -38,6 +38,11 @@ PUBLISHED = {"perceptual_loss": "lpips", "perceptual": 1.0, "l2": 0.0, "gan": 0.
              "gan_weight": "adaptive", "lr": 1e-4, "size": 256}
 
 
+# Sizes of a new model where a flag is not given.
+NEW = {"channels": "32,64,64,128", "blocks": 1, "attention": "", "codebook_size": 1024,
+       "code_dim": 8, "norm_groups": 0}
+
+
 class Autoencoder(nn.Module):
     """Pixels (N, 3, S, S) in [0, 1] to their copy, features, codes and the quantiser's loss."""
 
@@ -244,13 +249,13 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
     add("--clip", help="bundle, run or open_clip's ARCHITECTURE:PRETRAINED; perceptual loss")
     add("--size", type=runs.positive, help="pixels a side (64, or that of --from)")
-    add("--channels", default="32,64,64,128", help="a level each; each but the first halves")
-    add("--blocks", type=runs.positive, default=1, help="residual blocks a level (1)")
-    add("--attention", default="", help="sizes in pixels that get self-attention, as in 16,32")
-    add("--codebook-size", type=runs.positive, default=1024)
-    add("--code-dim", type=runs.positive, default=8)
+    add("--channels", help="a level each; each but the first halves (32,64,64,128)")
+    add("--blocks", type=runs.positive, help="residual blocks a level (1)")
+    add("--attention", help="sizes in pixels that get self-attention, as in 16,32 (none)")
+    add("--codebook-size", type=runs.positive, help="(1024)")
+    add("--code-dim", type=runs.positive, help="(8)")
     add("--unnormalised", action="store_true", help="codes of any length, not of unit length")
-    add("--norm-groups", type=runs.whole, default=0, help="of GroupNorm; 0: no normalisation (0)")
+    add("--norm-groups", type=runs.whole, help="of GroupNorm; 0: no normalisation (0)")
     add("--unquantised", type=runs.share, default=0.2,
         help="share of steps before codes are used (0.2)")
     add("--published", action="store_true", help="the public recipe: 16,384 codes of 256 "
@@ -314,6 +319,11 @@ def perceptual_loss(a: argparse.Namespace) -> nn.Module | None:
 
 def make_vqgan(a: argparse.Namespace) -> VQGAN:
     """A new VQGAN of the flags' sizes, or that of --from or --decoder-of."""
+    settled = a.start_from or a.decoder_of or ("--published" if a.published else None)
+    for name in NEW if settled else ():
+        if getattr(a, name) is not None:
+            raise SystemExit(f"--{name.replace('_', '-')} {getattr(a, name)} is settled by "
+                             f"{settled}: leave it out")
     if a.start_from or a.decoder_of:
         vqgan = load_vqgan(a.start_from or a.decoder_of).float().train().requires_grad_(True)
         if a.size not in (None, vqgan.config.image_size):
@@ -327,12 +337,13 @@ def make_vqgan(a: argparse.Namespace) -> VQGAN:
     try:
         if a.published:
             return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": size}))
-        numbers = {name: tuple(int(c) for c in getattr(a, name).split(",") if c)
-                   for name in ("channels", "attention")}
+        given = {name: value if getattr(a, name) is None else getattr(a, name)
+                 for name, value in NEW.items()}
+        channels, attention = (tuple(int(c) for c in given.pop(name).split(",") if c)
+                               for name in ("channels", "attention"))
         vqgan = VQGAN(VQGANConfig(
-            image_size=size, channels=numbers["channels"], attention_sizes=numbers["attention"],
-            blocks_per_level=a.blocks, code_dim=a.code_dim, codebook_size=a.codebook_size,
-            l2_normalised=not a.unnormalised, norm_groups=a.norm_groups))
+            image_size=size, channels=channels, attention_sizes=attention,
+            blocks_per_level=given.pop("blocks"), l2_normalised=not a.unnormalised, **given))
         vqgan.initialise()
         return vqgan
     except ValueError as error:

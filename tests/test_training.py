@@ -99,6 +99,9 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     # A GPT goes on from a bundle, but not on shards of another VQGAN's size.
     result = run("train_gpt", shards, "--run", tmp_path / "tuned", "--from", bundle, "--steps", 2)
     assert result["steps"] == 2
+    error = run("train_gpt", shards, "--run", tmp_path / "wide", "--from", bundle, "--width", 64,
+                fails=True)
+    assert "--width 64 is not that of" in error
     # Shards of another VQGAN are refused.
     other = tmp_path / "other"
     shutil.copytree(shards, other)
@@ -116,6 +119,9 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     (("--perceptual-loss", "none", "--held-out", "2"), "held-out share"),
     (("--published",), "lpips needs"),
     (("--perceptual-loss", "none", "--from", "nowhere"), "nowhere is neither a bundle"),
+    (("--perceptual-loss", "none", "--from", "weights/emoji", "--code-dim", "4"), "settled by"),
+    (("--perceptual-loss", "none", "--from", "weights/emoji", "--size", "32"), "is not that of"),
+    (("--perceptual-loss", "none", "--published", "--blocks", "1"), "settled by --published"),
 ])
 def test_what_cannot_be_trained_is_said_in_a_sentence(folder, tmp_path, arguments, sentence):
     with pytest.raises(SystemExit, match=sentence):
