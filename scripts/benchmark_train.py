@@ -42,6 +42,7 @@ from clipgen.clip import CLIP, CLIPConfig
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import runs, shards, train_gpt
+from scripts.arguments import positive
 
 IMAGES, CROPS = 4096, 4  # of the temporary shards
 BLOCKS = 10  # of steps, of each way, at most
@@ -191,13 +192,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--size", help="'published' (random weights) or a bundle's directory (default: published "
         "on CUDA, weights/emoji on a CPU)")
-    add("--batch", type=runs.positive, default=64, help="images in a step (64)")
+    add("--batch", type=positive, default=64, help="images in a step (64)")
     add("--device", choices=("cpu", "cuda"), help="(default: CUDA if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of our autocast (default: bfloat16 on "
         "CUDA, float32 on a CPU)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile in our step "
         "(default: on CUDA)")
-    add("--steps", type=runs.positive, default=20, help=f"timed steps of each way, in {BLOCKS} "
+    add("--steps", type=positive, default=20, help=f"timed steps of each way, in {BLOCKS} "
         "blocks or fewer (20)")
     a = p.parse_args(arguments)
     if a.device == "cuda" and not torch.cuda.is_available():

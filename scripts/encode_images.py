@@ -32,10 +32,12 @@ from tqdm import tqdm
 from clipgen.clip import CLIP
 from clipgen.vqgan import VQGAN
 from scripts import shards
+from scripts.arguments import positive, scale, whole
+from scripts.checkpoints import write_text
 from scripts.feed import open_parts
 from scripts.images import Images, UnreadableImage, draw
 from scripts.parts import CODES, fingerprint, load_clip, load_vqgan
-from scripts.runs import positive, report
+from scripts.runs import report
 from scripts.views import centre_view, least_side, random_view
 
 IMAGES_PER_SHARD = 1024  # so many, per process, are encoded again after a kill
@@ -140,7 +142,7 @@ def claim(out: Path, settings: dict[str, Any], state: PartialState) -> None:
     if state.is_main_process and not path.is_file():
         out.mkdir(parents=True, exist_ok=True)
         if all(file.name == f".{path.name}.part" for file in out.iterdir()):
-            shards.write_file(path, json.dumps(settings, indent=1).encode())
+            write_text(path, json.dumps(settings, indent=1))
     state.wait_for_everyone()
     if not path.is_file():
         raise SystemExit(f"{out} holds other files: give a directory that is empty or new")
@@ -185,21 +187,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--held-out", type=float, default=0.05, help="else this share of the images is not trained "
         "on, at most 5,000 (0.05)")
     add("--crops", type=positive, default=4, help="squares of each image (4)")
-    add("--scale", type=float, default=0.85, help="smallest side of a random square, as a share "
+    add("--scale", type=scale, default=0.85, help="smallest side of a random square, as a share "
         "of the image's shorter side (0.85)")
     add("--no-flip", action="store_true", help="mirror no square")
     add("--captions", type=Path, help="NAME<TAB>caption lines or COCO captions JSON")
     add("--limit", type=positive, help="encode at most this many images of each part, for a trial")
     add("--batch", type=positive, default=64, help="squares at once; for memory and speed (64)")
-    add("--workers", type=int, default=0, help="processes that read images beside this one (0)")
-    add("--seed", type=int, default=0, help="of the random squares (0)")
-    a = p.parse_args(arguments)
-    for name in ("workers", "seed"):
-        if getattr(a, name) < 0:
-            p.error(f"--{name} must be at least 0, got {getattr(a, name)}")
-    if not 0 < a.scale <= 1:
-        p.error(f"--scale must lie above 0 and at most at 1, got {a.scale}")
-    return a
+    add("--workers", type=whole, default=0, help="processes that read images beside this one (0)")
+    add("--seed", type=whole, default=0, help="of the random squares (0)")
+    return p.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -48,14 +48,15 @@ from clipgen.clip import CLIP, IMAGES_PER_PASS
 from clipgen.pipeline import to_image
 from clipgen.sampling import SEEDS
 from scripts import metrics
+from scripts.arguments import number
 from scripts.features import RADII, Network, blurred_features, load_network
-from scripts.generate_images import Parser, device, number
-from scripts.images import Images, UnreadableImage, open_images
+from scripts.feed import stack_views
+from scripts.generate_images import Parser, device
+from scripts.images import open_images
 from scripts.judge import Judge, load_judge, score_on_renders
 from scripts.parts import load_clip
 from scripts.prompts import COCO_TEXTS, read_prompts
 from scripts.sheet import sheet
-from scripts.views import centre_view
 
 JUDGE_SEEDS = (20_000_000, 2_000_000_000)  # of renders that nothing is trained on
 TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks
@@ -228,39 +229,13 @@ def read_real(source: str, size: int, count: int | None,
     train, validation = open_images(source)
     images = validation or train
     count = count or max(2, min(OWN_IMAGES, len(images) // 2))
-    names, views = read_views(images, size, 2 * count, seed)
+    drawn = images.subset(np.random.default_rng(seed).permutation(len(images)).tolist())
+    indices, views = stack_views(drawn, size, 2 * count)
+    names = [drawn.names[i] for i in indices]
     if min(count, len(views)) < 2:
         raise ValueError(f"a distance needs at least 2 real images and 2 samples, got {len(views)} "
                          f"and {count}: give more, or leave --images out")
     return names[:count], views[:count], views[count:] if len(views) == 2 * count else None
-
-
-def read_views(images: Images, size: int, count: int, seed: int) -> tuple[list[str], Tensor]:
-    """Names and pixels uint8 (N, 3, size, size) of N readable images, at most `count`.
-
-    They are drawn by seed.  Unreadable ones are skipped and named on stderr.
-    """
-    names: list[str] = []
-    views: list[Tensor] = []
-    skipped: list[str] = []
-    bar = tqdm(total=min(count, len(images)), unit="image", desc="reading images")
-    for i in np.random.default_rng(seed).permutation(len(images)).tolist():
-        if len(names) == count:
-            break
-        try:
-            views.append(torch.as_tensor(centre_view(images.image(i), size)))
-        except UnreadableImage as error:
-            skipped.append(str(error))
-            continue
-        names.append(images.names[i])
-        bar.update()
-    bar.close()
-    if skipped:
-        print(f"skipped {len(skipped)} unreadable images: {'; '.join(skipped[:20])}",
-              file=sys.stderr)
-    if not names:
-        raise ValueError(f"none of these {len(images)} images can be read: give others")
-    return names, torch.stack(views)
 
 
 def on_renders(judge: Judge) -> float:

@@ -14,10 +14,12 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+from scripts.arguments import number
 
 # torch and clipgen are imported once the arguments are known to be good: they take seconds.
 
@@ -34,22 +36,6 @@ class Parser(argparse.ArgumentParser):
 def stop(message: str, status: int) -> NoReturn:
     print(f"clipgen: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number of that kind from low to high."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:  # not a number is in no range
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-
-    return parse
 
 
 def device(text: str) -> str:

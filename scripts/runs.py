@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import math
-import re
 import signal
 import sys
 import threading
@@ -32,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from scripts import checkpoints
+from scripts.arguments import amount, duration, number, positive
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 PROBE = 10  # steps of the trial that measures speed for --time
@@ -59,45 +58,12 @@ def add_arguments(p: argparse.ArgumentParser, *, steps: int, batch: int, lr: flo
     length.add_argument("--steps", type=positive, default=steps, help=f"({steps})")
     length.add_argument("--time", type=duration, help="instead of --steps, as in 90s, 20m, 2h")
     p.add_argument("--batch", type=positive, default=batch, help=f"of each process ({batch})")
-    p.add_argument("--lr", type=number(most=1e30), default=lr, help=f"peak learning rate ({lr:g})")
+    p.add_argument("--lr", type=number(float, 0, 1e30), default=lr,
+                   help=f"peak learning rate ({lr:g})")
     p.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of autocast (float32)")
-    p.add_argument("--seed", type=number(most=2**63 - 1, kind=int), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--save-minutes", type=amount, default=3.0, help="between checkpoints (3)")
     p.add_argument("--validations", type=positive, default=10, help="in the whole run (10)")
-
-
-def positive(text: str) -> int:
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def number(least: float = 0.0, most: float = math.inf, kind: type = float) -> Callable:
-    """What makes of a text a finite number, or with `kind` int a whole one, in these bounds."""
-    bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := kind(text)) and least <= value <= most:
-                return value
-        whole = "whole " if kind is int else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number, {bounds}")
-
-    return parse
-
-
-amount, share, scale, whole = number(), number(0, 1), number(0.01, 1), number(kind=int)
-
-
-def duration(text: str) -> float:
-    """Seconds of a text such as 90s, 20m, 1.5h or 2h30m."""
-    parts = re.findall(r"([0-9]+\.?[0-9]*)([smh])", text)
-    if not parts or "".join(a + b for a, b in parts) != text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 90s, 20m or 2h30m")
-    seconds = sum(float(value) * {"s": 1, "m": 60, "h": 3600}[unit] for value, unit in parts)
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
-    return seconds
 
 
 def start(dtype: str, seed: int) -> Accelerator:
@@ -402,18 +368,16 @@ class Loop:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM stop after the step; a second Ctrl-C at once."""
-        def stop(number: int, _: Any) -> None:
-            self.stop_signal = number
-            signal.signal(number, before[number])
+        def stop(sent: int, _: Any) -> None:
+            self.stop_signal = sent
+            signal.signal(sent, before[sent])
 
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
+        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def step_of(line: str) -> int:

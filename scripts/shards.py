@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from scripts.checkpoints import write_bytes
 
 VERSION = 1
 DTYPES = {"codes": np.uint16, "embeddings": np.float16, "texts": np.float16, "images": np.int64}
@@ -33,22 +34,12 @@ def file_name(part: str, kind: str, number: int) -> str:
     return f"{part}-{kind}-{number:05d}.npy"
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, also if the machine stops."""
-    hidden = path.with_name(f".{path.name}.part")
-    with open(hidden, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
-
-
 def write_shard(directory: Path, part: str, number: int, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays of one shard; `images` last, so that where it is the others are."""
     for kind in sorted(arrays, key=lambda kind: kind == "images"):
         buffer = io.BytesIO()
         np.save(buffer, arrays[kind].astype(DTYPES[kind], copy=False))
-        write_file(directory / file_name(part, kind, number), buffer.getvalue())
+        write_bytes(directory / file_name(part, kind, number), buffer.getvalue())
 
 
 def is_written(directory: Path, part: str, number: int) -> bool:
@@ -66,7 +57,7 @@ def describe_shard(directory: Path, part: str, number: int) -> dict[str, Any]:
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps({"version": VERSION, **manifest}, indent=1)
-    write_file(directory / "manifest.json", text.encode())
+    write_bytes(directory / "manifest.json", text.encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

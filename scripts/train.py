@@ -44,6 +44,7 @@ from scripts import (
     train_gpt,
     train_vqgan,
 )
+from scripts.arguments import duration, number, positive, scale, share, whole
 from scripts.card import curves_of, plot, write_card
 from scripts.feed import open_parts, stack_views
 from scripts.images import Images
@@ -85,22 +86,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the bundle to make, as in weights/mine")
     add("--clip", help="bundle, run of train_clip, or open_clip's ARCHITECTURE:PRETRAINED "
         "(default: that of --from, else ViT-B-32-quickgelu:openai)")
-    add("--size", type=runs.positive, help="pixels a side (default: that of --from, else what "
+    add("--size", type=positive, help="pixels a side (default: that of --from, else what "
         "images and machine suggest)")
-    add("--time", type=runs.duration, default="2h", help="for all stages together (2h)")
+    add("--time", type=duration, default="2h", help="for all stages together (2h)")
     add("--from", dest="start_from", type=Path, metavar="BUNDLE", help="fine-tune this one")
     add("--tune", choices=("both", "gpt", "decoder"), default="both",
         help="of --from: VQGAN and GPT, the GPT alone, or the VQGAN's decoder alone")
     add("--captions", type=Path, help="NAME<TAB>caption lines or COCO's JSON: to measure with, "
         "never to train on")
-    add("--held-out", type=runs.share, default=0.05, help="share of images kept for measuring, at "
+    add("--held-out", type=share, default=0.05, help="share of images kept for measuring, at "
         "most 5,000 of them (0.05)")
-    add("--scale", type=runs.scale, default=0.85, help="least share of the side in a crop (0.85)")
+    add("--scale", type=scale, default=0.85, help="least share of the side in a crop (0.85)")
     add("--no-flip", action="store_true", help="mirror no image")
     add("--dtype", choices=runs.PRECISIONS, help="default: bfloat16 on CUDA where it has it")
-    add("--workers", type=runs.whole, help="processes that read images (default: by machine)")
+    add("--workers", type=whole, help="processes that read images (default: by machine)")
     add("--run", type=Path, help="directory of the work (default: runs/ and the name of --out)")
-    add("--seed", type=runs.number(most=2**31 - 1, kind=int), default=0)
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     a = p.parse_args(arguments)
     a.command = sys.argv[1:] if arguments is None else arguments
     a.run = a.run or Path("runs") / a.out.name

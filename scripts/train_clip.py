@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
 from scripts import runs
+from scripts.arguments import positive, scale, share, whole
 from scripts.feed import Feed, open_parts, stack_views
 from scripts.images import Images
 from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
@@ -175,17 +176,17 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--captions", type=Path, help="NAME, tab, caption a line; or COCO's captions JSON")
     add("--validation", help="images with captions that are not trained on (default: a share)")
     add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
-    add("--size", type=runs.positive, default=64, help="pixels a side (64)")
-    add("--embedding-dim", type=runs.positive, default=128)
-    add("--width", type=runs.positive, default=24, help="of the image tower (24)")
-    add("--text-width", type=runs.positive, default=128)
-    add("--text-layers", type=runs.positive, default=3)
+    add("--size", type=positive, default=64, help="pixels a side (64)")
+    add("--embedding-dim", type=positive, default=128)
+    add("--width", type=positive, default=24, help="of the image tower (24)")
+    add("--text-width", type=positive, default=128)
+    add("--text-layers", type=positive, default=3)
     runs.add_arguments(p, steps=4000, batch=192, lr=1e-3)
-    add("--warmup", type=runs.whole, default=200, help="steps (200)")
-    add("--ema", type=runs.share, default=0.999, help="decay of the averaged weights (0.999)")
-    add("--scale", type=runs.scale, default=1.0, help="least share of the side in a crop (1)")
+    add("--warmup", type=whole, default=200, help="steps (200)")
+    add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--scale", type=scale, default=1.0, help="least share of the side in a crop (1)")
     add("--flip", action="store_true", help="mirror too; captions may say left and right")
-    add("--workers", type=runs.whole, default=0, help="processes that read images (0: none apart)")
+    add("--workers", type=whole, default=0, help="processes that read images (0: none apart)")
     a = p.parse_args(arguments)
     accelerator = runs.start(a.dtype, a.seed)
     try:

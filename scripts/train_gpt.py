@@ -30,6 +30,7 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.sampling import Sampler
 from clipgen.vqgan import VQGAN
 from scripts import runs
+from scripts.arguments import amount, positive, share, whole
 from scripts.grids import grid
 from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
 from scripts.parts import CODES, fingerprint, load_clip, load_gpt, load_vqgan
@@ -224,20 +225,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--validation", type=Path, help="shards of images that are not trained on (default: the "
         "held-out part of the same)")
     for name, value in NEW.items():
-        add(f"--{name}", type=runs.positive, help=f"({value}, or that of --from)")
+        add(f"--{name}", type=positive, help=f"({value}, or that of --from)")
     add("--from", dest="start_from", metavar="BUNDLE", help="go on from the GPT of a bundle or run")
     runs.add_arguments(p, steps=12000, batch=64, lr=1e-3)
-    add("--warmup", type=runs.whole, default=300, help="steps (300)")
-    add("--decay", type=runs.amount, default=0.05, help="weight decay of matrices (0.05)")
-    add("--ema", type=runs.share, default=0.999, help="decay of the averaged weights (0.999)")
-    add("--dropout", type=runs.share, default=0.0)
-    add("--noise", type=runs.amount, default=0.5, help="ξ: length of the perturbation (0.5)")
+    add("--warmup", type=whole, default=300, help="steps (300)")
+    add("--decay", type=amount, default=0.05, help="weight decay of matrices (0.05)")
+    add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--dropout", type=share, default=0.0)
+    add("--noise", type=amount, default=0.5, help="ξ: length of the perturbation (0.5)")
     add("--noise-kind", choices=("fixed", "random"), default="fixed",
         help="random: each length is drawn from 0 to --noise")
-    add("--drop-condition", type=runs.share, default=0.1, help="share of null embeddings (0.1)")
+    add("--drop-condition", type=share, default=0.1, help="share of null embeddings (0.1)")
     add("--subtract-means", action="store_true", help="take the mean off images' and texts' "
         "embeddings; the shards must have been encoded with captions")
-    add("--reconstruction", type=runs.amount, default=0.0, help="weight of the "
+    add("--reconstruction", type=amount, default=0.0, help="weight of the "
         "embedding-reconstruction loss; it needs --clip and --vqgan (0: off)")
     add("--clip", help="what the shards were encoded with; for --reconstruction")
     add("--vqgan", help="what the shards were encoded with; for grids and --reconstruction")

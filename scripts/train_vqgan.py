@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import reconstruction, runs
+from scripts.arguments import amount, positive, scale, share, whole
 from scripts.discriminator import Discriminator, hinge_loss
 from scripts.feed import Feed, open_parts, stack_views
 from scripts.images import Images
@@ -248,38 +249,38 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--validation", help="images that are not trained on (default: a held-out share)")
     add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
     add("--clip", help="bundle, run or open_clip's ARCHITECTURE:PRETRAINED; perceptual loss")
-    add("--size", type=runs.positive, help="pixels a side (64, or that of --from)")
+    add("--size", type=positive, help="pixels a side (64, or that of --from)")
     add("--channels", help="a level each; each but the first halves (32,64,64,128)")
-    add("--blocks", type=runs.positive, help="residual blocks a level (1)")
+    add("--blocks", type=positive, help="residual blocks a level (1)")
     add("--attention", help="sizes in pixels that get self-attention, as in 16,32 (none)")
-    add("--codebook-size", type=runs.positive, help="(1024)")
-    add("--code-dim", type=runs.positive, help="(8)")
+    add("--codebook-size", type=positive, help="(1024)")
+    add("--code-dim", type=positive, help="(8)")
     add("--unnormalised", action="store_true", help="codes of any length, not of unit length")
-    add("--norm-groups", type=runs.whole, help="of GroupNorm; 0: no normalisation (0)")
-    add("--unquantised", type=runs.share, default=0.2,
+    add("--norm-groups", type=whole, help="of GroupNorm; 0: no normalisation (0)")
+    add("--unquantised", type=share, default=0.2,
         help="share of steps before codes are used (0.2)")
     add("--published", action="store_true", help="the public recipe: 16,384 codes of 256 "
         "dimensions, un-normalised, 256 pixels, lpips, adaptive GAN weight")
     add("--from", dest="start_from", metavar="BUNDLE", help="fine-tune a bundle's or run's VQGAN")
     add("--decoder-of", metavar="BUNDLE", help="the same, but its decoder alone")
     runs.add_arguments(p, steps=12000, batch=16, lr=1e-3)
-    add("--warmup", type=runs.whole, default=200, help="steps (200)")
-    add("--ema", type=runs.share, default=0.999, help="decay of the averaged weights (0.999)")
-    add("--scale", type=runs.scale, default=0.85, help="least share of the side in a crop (0.85)")
+    add("--warmup", type=whole, default=200, help="steps (200)")
+    add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--scale", type=scale, default=0.85, help="least share of the side in a crop (0.85)")
     add("--no-flip", dest="flip", action="store_false", help="no mirrored images")
-    add("--workers", type=runs.whole, default=0, help="processes that read images (0: none apart)")
+    add("--workers", type=whole, default=0, help="processes that read images (0: none apart)")
     # Weighs a few wild pixels more than L1 does; a coloured spot in every image was the reason.
-    add("--l2", type=runs.amount, default=5.0, help="weight (5)")
-    add("--commitment", type=runs.amount, default=0.25, help="weight (0.25)")
+    add("--l2", type=amount, default=5.0, help="weight (5)")
+    add("--commitment", type=amount, default=0.25, help="weight (0.25)")
     add("--perceptual-loss", choices=("clip", "lpips", "none"), default="clip",
         help="clip: features of --clip; lpips: VGG16, the package and its weights needed")
-    add("--perceptual", type=runs.amount, default=0.1, help="weight (0.1)")
-    add("--gan", type=runs.amount, default=0.02, help="weight (0.02); 0: none")
+    add("--perceptual", type=amount, default=0.1, help="weight (0.1)")
+    add("--gan", type=amount, default=0.02, help="weight (0.02); 0: none")
     add("--gan-weight", choices=("fixed", "adaptive"), default="fixed",
         help="adaptive: times the ratio of gradients at the decoder's last layer")
-    add("--gan-start", type=runs.share, default=0.6,
+    add("--gan-start", type=share, default=0.6,
         help="share of the steps without a judge (0.6)")
-    add("--gan-channels", type=runs.positive, default=32, help="of the discriminator (32)")
+    add("--gan-channels", type=positive, default=32, help="of the discriminator (32)")
     if p.parse_known_args(arguments)[0].published:
         p.set_defaults(**PUBLISHED)
     a = p.parse_args(arguments)

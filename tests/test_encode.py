@@ -165,19 +165,19 @@ def in_child(action):
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(encoded, source, bundle, tmp_path,
                                                            lives):
     out = tmp_path / "out"
-    whole = shards.write_file
+    whole = shards.write_bytes
 
     def killed_run():
         written = []
 
-        def write_file(path, data):
+        def write_bytes(path, data):
             if len(written) == lives or (lives is None and path.name == "manifest.json"):
                 path.with_name(f".{path.name}.part").write_bytes(data[:len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             written.append(path)
             whole(path, data)
 
-        shards.write_file = write_file
+        shards.write_bytes = write_bytes
         main([str(source), str(out), *flags(bundle)])
 
     for _ in range(3):
@@ -228,8 +228,9 @@ def test_what_cannot_be_encoded(source, bundle, tmp_path, capsys):
         main([str(tmp_path / "none"), str(tmp_path / "out"), *flags(bundle)])
     with pytest.raises(SystemExit, match="between 0 and 1, got 1.5"):
         main([str(source), str(tmp_path / "out"), *flags(bundle, "--held-out", 1.5)])
-    for wrong, message in (("--scale=0", "--scale must lie above 0"), ("--seed=-1", "at least 0"),
-                           ("--crops=0", "not a whole number above 0")):
+    for wrong, message in (("--scale=0", "not a number from 0.01 to 1"),
+                           ("--seed=-1", "not a whole number from 0"),
+                           ("--crops=0", "not a whole number from 1")):
         with pytest.raises(SystemExit):
             main([str(source), str(tmp_path / "out"), *flags(bundle, wrong)])
         assert message in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_images_alone(bundle, photos, tmp_path, capsys):
     assert (result["n_prompts"], result["n_generated"], result["n_real"]) == (0, 6, 6)
     assert result["independent"] and result["dimensions"] == 192 and result["guidance"] == 3
     assert 0 <= result["clip_i"] <= 100 and "clip_score" not in result
-    assert "skipped 1 unreadable images: torn.png: " in err
+    assert "skipped torn.png: " in err
     with Image.open(path) as page:
         assert page.width > 8 * 128 and np.asarray(page).min() == 0
     result, _, err = run(capsys, bundle, "--images", photos, "--candidates", 1, "--count", 9,
@@ -242,7 +242,7 @@ def test_a_bundle_that_is_none_is_one_sentence(tmp_path):
 
 def test_the_distance_of_real_images_to_themselves_is_zero(bundle, photos):
     model = ClipGen.load(bundle)
-    _, views = evaluate.read_views(open_images(photos)[0], 32, 8, seed=0)
+    views = evaluate.read_real(str(photos), 32, 8, seed=0)[1]
     for name in ("clip", "judge"):
         network = features.load_network(name, model.clip, "CLIP")
         scores = evaluate.distances(network, views, views, None, torch.device("cpu"))
@@ -254,13 +254,14 @@ def test_the_distance_of_real_images_to_themselves_is_zero(bundle, photos):
 
 def test_views_are_drawn_by_seed_and_centred(photos):
     images = open_images(photos)[0]
-    names, views = evaluate.read_views(images, 40, 100, seed=0)
+    names, views, other = evaluate.read_real(str(photos), 40, 100, seed=0)
+    assert other is None
     assert sorted(names) == sorted(set(images.names) - {"torn.png"})
     assert views.shape == (12, 3, 40, 40) and views.dtype == torch.uint8
     with Image.open(photos / names[3]) as image:
         assert (views[3].permute(1, 2, 0).numpy() == np.asarray(image)[:, 4:44]).all()
-    assert evaluate.read_views(images, 40, 5, seed=0)[0] == names[:5]
-    assert evaluate.read_views(images, 40, 5, seed=1)[0] != names[:5]
+    assert evaluate.read_real(str(photos), 40, 5, seed=0)[0] == names[:5]
+    assert evaluate.read_real(str(photos), 40, 5, seed=1)[0] != names[:5]
 
 
 def test_radii_are_shares_of_the_side():

@@ -210,7 +210,8 @@ def test_a_write_that_fails_leaves_the_earlier_images(generate, monkeypatch):
 @pytest.fixture
 def project(tmp_path):
     (tmp_path / "scripts").mkdir()
-    for name in ("__init__.py", "generate", "generate_images.py", "environment.sh"):
+    for name in ("__init__.py", "generate", "generate_images.py", "arguments.py",
+                 "environment.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

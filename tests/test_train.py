@@ -13,8 +13,8 @@ import torch
 
 from clipgen import ClipGen
 from scripts import scenes, train
+from scripts.arguments import duration
 from scripts.images import Images, open_images
-from scripts.runs import duration
 from scripts.sizes import new_sizes
 from tests import shapes
 from tests.micro import micro_bundle
