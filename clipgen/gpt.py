@@ -38,33 +38,35 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer for a fixed block of rows, allocated once, written in place.
 
-    `position` is the number of tokens held.  A Python int reads just the filled prefix; a 0-d
-    tensor keeps every shape static (the whole cache under a mask), as a CUDA graph needs.
+    `position` (1,) is where the next token goes, a tensor because a captured CUDA graph must find
+    it anew at every replay.  `look_at` says how much is read.
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, rows, config.heads, config.block_size, config.width // config.heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.store = torch.zeros(config.layers, 2, rows, config.heads, config.block_size,
+                                 config.width // config.heads, device=device, dtype=dtype)
         self.slots = torch.arange(config.block_size, device=device)
-        self.position: int | Tensor = 0
+        self.position = torch.zeros(1, device=device, dtype=torch.int64)
+        self.prefix, self.mask = 0, None
 
-    def reset(self) -> None:
-        """Forget everything: under a mask 0 · NaN is NaN, so what is hidden must be finite."""
-        self.keys.zero_()
-        self.values.zero_()
+    def look_at(self, prefix: int, exact: bool) -> None:
+        """Let the next step read the first `prefix` slots.
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (N, H, 1, d) at `position`; return keys, values (N, H, T, d), mask or None."""
-        keys, values = self.keys[layer], self.values[layer]
-        if isinstance(self.position, int):
-            at = self.position
-            keys[:, :, at:at + 1], values[:, :, at:at + 1] = k, v
-            return keys[:, :, :at + 1], values[:, :, :at + 1], None
-        at = self.position.view(1)
-        keys.index_copy_(2, at, k)
-        values.index_copy_(2, at, v)
-        return keys, values, (self.slots <= at)[None]
+        exact: that is all up to `position`.  Otherwise there are more, which a mask hides; they
+        must be finite, for under a mask 0 · NaN is NaN.
+        """
+        self.prefix, self.mask = prefix, None
+        if not exact:
+            hidden = self.slots[:prefix] > self.position
+            self.mask = torch.zeros_like(hidden, dtype=self.store.dtype)
+            self.mask = self.mask.masked_fill(hidden, float("-inf"))[None]  # (1, prefix)
+
+    def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Store kv (2, N, H, 1, d) at `position`; return keys, values, each (N, H, prefix, d)."""
+        store = self.store[layer]
+        store.index_copy_(3, self.position, kv)
+        keys, values = store[:, :, :, :self.prefix]
+        return keys, values
 
 
 class Block(nn.Module):
@@ -84,12 +86,12 @@ class Block(nn.Module):
                 dropout: float = 0.0) -> Tensor:
         n, t, c = x.shape
         qkv = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
         if cache is None:
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v, mask = cache.append(layer, k, v)
-            a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            k, v = cache.append(layer, qkv[1:])
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
         a = self.proj(a.transpose(1, 2).reshape(n, t, c))
         x = x + F.dropout(a, dropout, self.training)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -143,13 +145,10 @@ class GPT(nn.Module):
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """One cached step.  x (N, C): `condition(embedding)` first, then `code_embedding(code)`.
 
-        Writes the cache at `cache.position`, which the caller advances.  Returns logits (N, K).
+        Writes the cache at `cache.position`, which the caller advances, and reads what
+        `cache.look_at` said.  Returns logits (N, K).
         """
-        at = cache.position
-        # Indexing with a tensor would copy it to the CPU, which a CUDA graph cannot capture.
-        position = (self.position[at] if isinstance(at, int)
-                    else self.position.index_select(0, at.view(1)))
-        x = (x + position)[:, None]
+        x = (x + self.position.index_select(0, cache.position))[:, None]
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
         return self.head(self.norm(x))[:, 0]

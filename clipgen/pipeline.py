@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +48,13 @@ class ClipGen:
     """A loaded bundle.  Parts: `clip`, `gpt`, `vqgan`; defaults: `sampling`."""
 
     def __init__(self, bundle: Bundle):
-        self.bundle = bundle
-        self.clip, self.gpt, self.vqgan = bundle.clip, bundle.gpt, bundle.vqgan
         self.sampling = bundle.sampling
-        self.sampler = Sampler(self.gpt)
-        self.sampler.prepare()  # now, not at the first request
+        self.sampler = Sampler(bundle.gpt)
+        # The sampler's GPT is the only one kept: on a CPU its weights are packed copies.
+        self.bundle = replace(bundle, gpt=self.sampler.gpt)
+        self.clip, self.gpt, self.vqgan = bundle.clip, self.sampler.gpt, bundle.vqgan
+        # Now, not at the first request.
+        self.sampler.prepare(self.sampling.top_k, self.sampling.guidance)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device | None = None,

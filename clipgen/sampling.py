@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipgen.gpt import GPT, KVCache
+from clipgen.packed import packed
 
 # Matrix products round differently for different row counts.  With one size for every block, an
 # image depends on its own seed alone, not on how many are made beside it.
-ROWS = {"cpu": 8, "cuda": 16}
+ROWS = 16
+BUCKET = 64  # a captured step reads its cache up to the next multiple of this
+FEW = 128  # of the likeliest codes usually hold what top-p keeps
+SORTED = 1024  # a captured step sorts so many codes for any top-k up to it, else all
 SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
 
 
@@ -39,26 +44,48 @@ def check_settings(temperature: float, top_k: int, top_p: float, guidance: float
         raise ValueError(f"guidance must be 0 or more, got {guidance}")
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int,
-                  top_p: float) -> tuple[Tensor, Tensor]:
+def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p: float | Tensor,
+                  limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """÷ temperature (above 0), then top-k, then top-p.
 
     logits (N, K) -> probabilities (N, k) in descending order, zero where top-p removed the code and
     not normalised again, and the codes int64 (N, k) they belong to.  top-p keeps every code up to
-    and including the first that takes the cumulative probability over top_p.
+    and including the first that takes the cumulative probability over top_p.  Codes at the far end
+    that are removed in every row may be left out of the result.
+
+    A captured step gives temperature and top_p as 0-d tensors, to be read at every replay: above 0,
+    and infinite to keep all; `limit`, likewise, is a top-k of at most `top_k`.
     """
-    size = logits.shape[1]
+    size, number = logits.shape[1], not isinstance(top_p, Tensor)
     k = top_k if 0 < top_k < size else size
-    values, codes = logits.float().topk(k, dim=1)
+    if number:
+        temperature, top_p = max(temperature, 1e-6), top_p if top_p < 1 else float("inf")
+    logits = logits.float()
     # Differences from the best, so that no temperature however small overflows.
-    probabilities = ((values - values[:, :1]) / max(temperature, 1e-6)).softmax(1)
-    if top_p < 1:
-        before = probabilities.cumsum(1).roll(1, 1)  # cumulative probability of the better codes
-        before[:, 0] = 0
-        removed = before > top_p
-        removed[:, 0] = False
-        probabilities = probabilities.masked_fill(removed, 0)
-    return probabilities, codes
+    scaled = (logits - logits.amax(1, keepdim=True)) / temperature
+    if number and k == size > FEW and top_p < 1 and logits.device.type == "cpu":
+        # Sorting all costs more than the rest of a small step, looking at a value nothing on a CPU.
+        codes = logits.topk(FEW, dim=1).indices
+        probabilities = scaled.softmax(1).gather(1, codes)
+        if (probabilities.sum(1) > top_p).all():
+            return top_p_alone(probabilities, top_p), codes
+    codes = logits.topk(k, dim=1).indices
+    scaled = scaled.gather(1, codes)
+    if limit is not None:
+        places = torch.arange(k, device=logits.device)
+        scaled = scaled.masked_fill(places >= limit, float("-inf"))
+    return top_p_alone(scaled.softmax(1), top_p), codes
+
+
+def top_p_alone(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
+    """Probabilities (N, k), descending, of which those that top-p removes are made zero."""
+    if not isinstance(top_p, Tensor) and top_p >= 1:
+        return probabilities
+    before = probabilities.cumsum(1).roll(1, 1)  # cumulative probability of the better codes
+    before[:, 0] = 0
+    removed = before > top_p
+    removed[:, 0] = False
+    return probabilities.masked_fill(removed, 0)
 
 
 def draw(probabilities: Tensor, codes: Tensor, uniform: Tensor) -> Tensor:
@@ -78,20 +105,30 @@ def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
                         for seed in seeds])
 
 
+class Settings(NamedTuple):
+    """How codes are drawn: as `filter_logits` takes it, and the guidance."""
+
+    temperature: float | Tensor
+    top_k: int
+    top_p: float | Tensor
+    guidance: float | Tensor
+    limit: Tensor | None = None
+
+
 class Sampler:
-    """Draws codes from a GPT.  Holds the static cache and, on CUDA, the captured step."""
+    """Draws codes from a GPT.  Holds the static buffers and, on CUDA, the captured steps.
+
+    On a CPU `gpt` becomes a copy of the one given, whose large weights are packed.
+    """
 
     def __init__(self, gpt: GPT):
-        self.gpt = gpt
-        self.rows = ROWS["cuda" if gpt.position.is_cuda else "cpu"]
-        self.steps: dict[int, Step] = {}  # by rows of the transformer: guidance doubles them
+        self.gpt = packed(gpt, ROWS)
+        self.blocks: dict[bool, Block] = {}  # by whether they are guided, which doubles the rows
 
-    def prepare(self) -> None:
-        """Allocate, and on CUDA capture, all that `sample` will need."""
+    def prepare(self, top_k: int, guidance: float) -> None:
+        """Allocate, and on CUDA capture, all that `sample` needs with these settings."""
         with torch.inference_mode():
-            self._step(self.rows)
-            if self.gpt.config.null_embedding:
-                self._step(2 * self.rows)
+            self._block(guidance != 1).prepare(top_k)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
                top_p: float, guidance: float) -> Tensor:
@@ -102,7 +139,9 @@ class Sampler:
         that are not finite.
         """
         check_settings(temperature, top_k, top_p, guidance)
-        top_k, seeds = int(top_k), [whole("seed", seed, 0) for seed in seeds]
+        seeds = [whole("seed", seed, 0) for seed in seeds]
+        # The best code alone is what a temperature of 0 means.
+        settings = Settings(temperature or 1.0, int(top_k) if temperature else 1, top_p, guidance)
         config = self.gpt.config
         if guidance != 1 and not config.null_embedding:
             raise ValueError(f"guidance {guidance} needs a GPT that was trained with condition "
@@ -115,88 +154,132 @@ class Sampler:
         result = torch.empty(len(seeds), config.block_size, dtype=torch.int64)
         with torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
-            for start in range(0, len(seeds), self.rows):
-                block = seeds[start:start + self.rows]
-                e = embeddings[start:start + self.rows]
-                padding = self.rows - len(block)  # rows that repeat the last image, thrown away
+            block = self._block(guidance != 1)
+            for start in range(0, len(seeds), ROWS):
+                own = seeds[start:start + ROWS]
+                e = embeddings[start:start + ROWS]
+                padding = ROWS - len(own)  # rows that repeat the last image, thrown away
                 e = torch.cat([e, e[-1:].expand(padding, -1)])
-                codes = self._block(e, block + block[-1:] * padding, temperature, top_k, top_p,
-                                    guidance)
-                result[start:start + len(block)] = codes[:len(block)].cpu()
+                block.begin(e, uniforms(own + own[-1:] * padding, config.block_size), settings)
+                for i in range(config.block_size):
+                    block.advance(i)
+                if not block.largest.isfinite():
+                    raise FloatingPointError("the GPT's logits are not finite: its weights do not "
+                                             f"fit {self.gpt.position.dtype}, use float32")
+                result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 
-    def _block(self, embeddings: Tensor, seeds: list[int], temperature: float, top_k: int,
-               top_p: float, guidance: float) -> Tensor:
-        """One full block: embeddings (rows, D) -> codes (rows, block_size) on the GPT's device."""
-        gpt, device, guided = self.gpt, embeddings.device, guidance != 1
-        u = uniforms(seeds, gpt.config.block_size).to(device)
-        out = torch.empty(u.shape, dtype=torch.int64, device=device)
-        if guided:
-            null = gpt.null_embedding.expand(len(embeddings), -1)
-            embeddings = torch.cat([embeddings, null])
-        x = gpt.condition(embeddings)
-        step = self._step(len(x))
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        for i in range(gpt.config.block_size):
-            logits = step(x, i).float()
-            finite &= logits.isfinite().all()
-            if guided:
-                conditional, null = logits.chunk(2)
-                logits = null + guidance * (conditional - null)
-            if temperature == 0:
-                out[:, i] = logits.argmax(1)
-            else:
-                probabilities, codes = filter_logits(logits, temperature, top_k, top_p)
-                out[:, i] = draw(probabilities, codes, u[:, i])
-            x = gpt.code_embedding(out[:, i])
-            if guided:
-                x = torch.cat([x, x])
-        if not finite:
-            raise FloatingPointError("the GPT's logits are not finite: its weights do not fit "
-                                     f"{gpt.position.dtype}, use float32")
-        return out
-
-    def _step(self, rows: int) -> Step:
-        if rows not in self.steps:
-            self.steps[rows] = (GraphStep if self.gpt.position.is_cuda else Step)(self.gpt, rows)
-        return self.steps[rows]
+    def _block(self, guided: bool) -> Block:
+        if guided not in self.blocks:
+            kind = StaticBlock if self.gpt.position.is_cuda else Block
+            self.blocks[guided] = kind(self.gpt, guided)
+        return self.blocks[guided]
 
 
-class Step:
-    """The cached GPT step of one row count: (x (rows, C), position) -> logits (rows, K)."""
+class Block:
+    """ROWS images in the making, and the whole step that adds a code to each."""
 
-    def __init__(self, gpt: GPT, rows: int):
-        self.gpt = gpt
-        self.cache = KVCache(gpt.config, rows, gpt.position.device, gpt.position.dtype)
+    def __init__(self, gpt: GPT, guided: bool):
+        config, like = gpt.config, gpt.position
+        rows = ROWS * (1 + guided)  # with guidance, the same images without their condition
+        self.gpt, self.guided = gpt, guided
+        self.cache = KVCache(config, rows, like.device, like.dtype)
+        self.x = like.new_zeros(rows, config.width)  # the embedding of the last code
+        self.uniforms = torch.zeros(ROWS, config.block_size, device=like.device)
+        self.codes = torch.zeros_like(self.uniforms, dtype=torch.int64)
+        self.largest = torch.zeros((), device=like.device)  # of all logits; keeps NaN and infinity
+        self.settings = Settings(1.0, 0, 1.0, 1.0)
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        self.cache.position = position
-        return self.gpt.step(x, self.cache)
+    def prepare(self, top_k: int) -> None:
+        """Nothing: there is no graph to capture."""
+
+    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings) -> None:
+        """Start new images: embeddings (ROWS, D), uniforms (ROWS, block_size) in [0, 1)."""
+        if self.guided:
+            embeddings = torch.cat([embeddings, self.gpt.null_embedding.expand(ROWS, -1)])
+        self.x.copy_(self.gpt.condition(embeddings))
+        self.uniforms.copy_(uniforms)
+        self.cache.position.zero_()
+        self.largest.zero_()
+        self.settings = settings
+
+    def advance(self, position: int) -> None:
+        """Add code number `position`, all before it being there."""
+        self.step(position + 1, True)
+
+    def step(self, prefix: int, exact: bool) -> None:
+        """One step over the buffers, reading the cache as `KVCache.look_at` says; never waits."""
+        gpt, at, own = self.gpt, self.cache.position, self.settings
+        self.cache.look_at(prefix, exact)
+        logits = gpt.step(self.x, self.cache).float()
+        self.largest.copy_(torch.maximum(self.largest, logits.abs().amax()))
+        if self.guided:
+            conditional, null = logits.chunk(2)
+            logits = null + own.guidance * (conditional - null)
+        probabilities, codes = filter_logits(logits, own.temperature, own.top_k, own.top_p,
+                                             own.limit)
+        code = draw(probabilities, codes, self.uniforms.index_select(1, at)[:, 0])
+        self.codes.index_copy_(1, at, code[:, None])
+        x = gpt.code_embedding(code)
+        self.x.copy_(torch.cat([x, x]) if self.guided else x)
+        at += 1
 
 
-class GraphStep(Step):
-    """The same, captured once as a CUDA graph and replayed over static buffers."""
+class StaticBlock(Block):
+    """The same with tensors for all that changes, so that captured CUDA graphs can replay its step.
 
-    def __init__(self, gpt: GPT, rows: int):
-        super().__init__(gpt, rows)
-        self.x = torch.zeros(rows, gpt.config.width, device=gpt.position.device,
-                             dtype=gpt.position.dtype)
-        self.cache.position = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        self.graph = torch.cuda.CUDAGraph()
+    One graph for each bucket of the cache and number of sorted codes.  They share one memory pool:
+    no two run at once, and what outlives a step is in the buffers.  Without CUDA the step is called
+    instead, which is how it is tested.
+    """
+
+    def __init__(self, gpt: GPT, guided: bool):
+        super().__init__(gpt, guided)
+        self.numbers = torch.ones(4, device=self.x.device)
+        temperature, top_p, guidance, limit = self.numbers.unbind()
+        self.settings = Settings(temperature, 0, top_p, guidance, limit)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.x.is_cuda else None
+
+    def prepare(self, top_k: int) -> None:
+        """Capture, where it is not yet done, the steps that any such top_k takes."""
+        size, length = self.gpt.config.codebook_size, self.gpt.config.block_size
+        few = 0 < top_k <= SORTED < size
+        self.settings = self.settings._replace(top_k=SORTED if few else size)
+        for prefix in sorted({self._bucket(i) for i in range(length)}, reverse=True):
+            key = prefix, self.settings.top_k
+            if self.x.is_cuda and key not in self.graphs:
+                self.graphs[key] = self._capture(prefix)
+
+    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings) -> None:
+        self.prepare(settings.top_k)  # before the buffers are filled: capturing runs the step
+        super().begin(embeddings, uniforms, self.settings)
+        top_p = settings.top_p if settings.top_p < 1 else float("inf")
+        self.numbers.copy_(torch.tensor([max(settings.temperature, 1e-6), top_p, settings.guidance,
+                                         settings.top_k or float("inf")]))
+        self.cache.store.zero_()  # what an earlier image that overflowed may have left
+
+    def advance(self, position: int) -> None:
+        prefix = self._bucket(position)
+        if self.x.is_cuda:
+            self.graphs[prefix, self.settings.top_k].replay()
+        else:
+            self.step(prefix, False)
+
+    def _bucket(self, position: int) -> int:
+        return min((position // BUCKET + 1) * BUCKET, self.gpt.config.block_size)
+
+    def _capture(self, prefix: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.x.device):
             stream = torch.cuda.Stream()  # a capture wants its warm-up on a side stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):
-                    gpt.step(self.x, self.cache)
+                for _ in range(2):
+                    self.cache.position.zero_()
+                    self.step(prefix, False)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.logits = gpt.step(self.x, self.cache)
-
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        if position == 0:
-            self.cache.reset()
-        self.x.copy_(x)
-        self.cache.position.fill_(position)  # a kernel argument, so the loop never waits
-        self.graph.replay()
-        return self.logits
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream,
+                                  capture_error_mode="thread_local"):
+                self.step(prefix, False)
+        return graph

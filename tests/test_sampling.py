@@ -8,8 +8,18 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipgen.gpt import KVCache
-from clipgen.sampling import Sampler, draw, filter_logits, uniforms
+from clipgen import packed as packing
+from clipgen import sampling
+from clipgen.sampling import (
+    FEW,
+    ROWS,
+    Sampler,
+    Settings,
+    StaticBlock,
+    draw,
+    filter_logits,
+    uniforms,
+)
 from tests.micro import micro_gpt
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
@@ -83,15 +93,15 @@ def test_logits_that_are_not_finite_are_an_error():
         Sampler(gpt).sample(torch.zeros(1, 32), [0], **PLAIN)
 
 
-def test_the_step_needs_no_value_on_the_cpu():
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_step_needs_no_value_on_the_cpu(guided):
     """What a CUDA graph captures must not look at a tensor; on meta there is nothing to see."""
-    gpt = micro_gpt().to("meta")
-    cache = KVCache(gpt.config, 3, torch.device("meta"), torch.float32)
-    cache.position = torch.zeros((), dtype=torch.int64, device="meta")
+    block = StaticBlock(micro_gpt(null_embedding=True).to("meta"), guided)
     with torch.no_grad():
-        logits = gpt.step(torch.zeros(3, 32, device="meta"), cache)
-        probabilities, codes = filter_logits(logits, 0.7, 5, 0.9)
-        assert draw(probabilities, codes, torch.zeros(3, device="meta")).shape == (3,)
+        block.begin(torch.zeros(ROWS, 32, device="meta"), torch.zeros(ROWS, 16),
+                    Settings(0.7, 5, 0.9, 2.0))
+        block.advance(0)
+    assert block.codes.shape == (ROWS, 16)
 
 
 def test_uniforms_belong_to_the_seed():
@@ -105,6 +115,63 @@ def test_uniforms_belong_to_the_seed():
 def gpt():
     torch.manual_seed(1)
     return micro_gpt(null_embedding=True)
+
+
+def codes_plainly(gpt, embeddings, seeds, temperature, top_k, top_p, guidance):
+    """The definition: a full pass for every code, everything sorted; also how clear each draw was:
+    the distance of its uniform number from the nearest end of the drawn code's interval, and of
+    top-p from the nearest step of the distribution."""
+    u, codes = uniforms(seeds, 16), torch.zeros(len(seeds), 0, dtype=torch.int64)
+    clear = []
+    for i in range(16):
+        logits = gpt(embeddings, codes)[:, -1].double()
+        if guidance != 1:
+            null = gpt(gpt.null_embedding.expand(len(seeds), -1), codes)[:, -1].double()
+            logits = null + guidance * (logits - null)
+        values, order = logits.sort(1, descending=True)
+        values, order = values[:, :top_k or None], order[:, :top_k or None]
+        values = (values / (temperature or 1)) if temperature else values[:, :1]
+        cumulative = values.softmax(1).cumsum(1)
+        before = cumulative - values.softmax(1)
+        kept = (before <= (top_p if top_p < 1 else 2)).sum(1, keepdim=True).clamp(min=1)
+        aim = u[:, i:i + 1].double() * cumulative.gather(1, kept - 1)
+        index = (cumulative <= aim).sum(1, keepdim=True).minimum(kept - 1)
+        gaps = torch.cat([cumulative - aim, before[:, 1:] - (top_p if top_p < 1 else 2)], dim=1)
+        clear.append(gaps.abs().amin(1) > 1e-5)
+        codes = torch.cat([codes, order.gather(1, index)], dim=1)
+    return codes, torch.stack(clear, 1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(kind=st.sampled_from(["block", "static", "packed"]), count=st.integers(1, 18),
+       seed=st.integers(0, 10**6), temperature=st.sampled_from([0, 0.3, 1.0, 2.0]),
+       top_k=st.sampled_from([0, 1, 5, 63, 64, 99]), top_p=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
+       guidance=st.sampled_from([1.0, 2.5]))
+def test_codes_equal_the_plain_implementations(kind, count, seed, temperature, top_k, top_p,
+                                               guidance):
+    torch.manual_seed(seed)
+    gpt = micro_gpt(null_embedding=True)
+    embeddings, seeds = F.normalize(torch.randn(count, 32), dim=1), range(seed, seed + count)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "FEW", 6)  # small as the model: so that every way is taken
+        patch.setattr(sampling, "SORTED", 8)
+        patch.setattr(sampling, "BUCKET", 4)
+        if kind == "static":
+            patch.setattr(sampling, "Block", StaticBlock)
+        patch.setattr(packing, "PAYS", 0 if kind == "packed" else 2**40)
+        ours = Sampler(gpt).sample(embeddings, seeds, temperature, top_k, top_p, guidance)
+        plain, clear = codes_plainly(gpt, embeddings, seeds, temperature, top_k, top_p, guidance)
+    # Up to the first draw that rounding could decide; argmax has nothing to decide.
+    sure = clear.cumprod(1).bool() if temperature else torch.ones_like(clear)
+    assert torch.equal(ours[sure], plain[sure])
+    assert sure.float().mean() > 0.7  # else this compared too little
+
+
+def test_top_p_sorts_few_codes_where_few_are_kept_and_all_where_many_are():
+    steep, flat = torch.linspace(0, -60, 4 * FEW), torch.linspace(0, -1, 4 * FEW)
+    for logits, width in ((steep[None], FEW), (torch.stack([steep, flat]), 4 * FEW)):
+        probabilities, codes = filter_logits(logits, 1.0, 0, 0.9)
+        assert probabilities.shape == codes.shape == (len(logits), width)
 
 
 @settings(deadline=None, max_examples=10)

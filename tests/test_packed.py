@@ -1,0 +1,74 @@
+"""Packed weights: the products are those of the plain ones, and the model given stays as it was."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from clipgen import packed as packing
+from clipgen.packed import PackedLinear, packed
+from clipgen.sampling import Sampler
+from tests.micro import micro_gpt
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16)
+          if packing._possible(torch.zeros(1, dtype=dtype))]
+
+
+def test_this_torch_has_the_operators():
+    assert torch.float32 in DTYPES  # else nothing below would be tested
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=st.tuples(st.integers(1, 300), st.integers(1, 300)), rows=st.integers(1, 40),
+       given_rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 10**6))
+@torch.inference_mode()
+def test_products_equal_the_plain_ones(shape, rows, given_rows, dtype, seed):
+    torch.manual_seed(seed)
+    linear = nn.Linear(*shape, dtype=dtype)
+    x = torch.randn(given_rows, 1, shape[0], dtype=dtype)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    ours = PackedLinear(linear, rows)(x)
+    assert ours.dtype == dtype
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 2e-2,
+                                                                            "rtol": 1e-2}
+    torch.testing.assert_close(ours.double(), exact, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_gpt_answers_as_the_plain_one_which_stays_trainable(monkeypatch, dtype):
+    monkeypatch.setattr(packing, "PAYS", 0)
+    gpt = micro_gpt().to(dtype)
+    before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
+    twin = packed(gpt, 8)
+    kinds = [type(module) for module in twin.modules()]
+    assert PackedLinear in kinds and nn.Linear not in kinds
+    assert twin.code_embedding is gpt.code_embedding and twin.position is gpt.position
+    embedding, codes = F.normalize(torch.randn(3, 32), dim=1), torch.randint(64, (3, 15))
+    with torch.no_grad():
+        tolerance = 1e-5 if dtype is torch.float32 else 0.1
+        torch.testing.assert_close(twin(embedding, codes), gpt(embedding, codes), rtol=0,
+                                   atol=tolerance)
+    assert nn.Linear in map(type, gpt.modules()) and PackedLinear not in map(type, gpt.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in gpt.state_dict().items())
+    gpt(embedding, codes).float().sum().backward()
+    assert gpt.blocks[0].qkv.weight.grad is not None
+
+
+def test_only_large_weights_are_packed(monkeypatch):
+    gpt = micro_gpt()  # the largest weights are 4 x 32 x 32
+    assert packed(gpt, 8) is gpt
+    monkeypatch.setattr(packing, "PAYS", 4 * 32 * 32)
+    kinds = {name: type(module) for name, module in packed(gpt, 8).named_modules()}
+    assert kinds["blocks.1.fc2"] is PackedLinear and kinds["blocks.1.proj"] is nn.Linear
+
+
+def test_without_the_operators_all_runs_plainly(monkeypatch):
+    monkeypatch.setattr(packing, "PAYS", 0)
+    gpt = micro_gpt()
+    arguments = F.normalize(torch.randn(2, 32), dim=1), [1, 2], 1.0, 0, 1.0, 1.0
+    fast = Sampler(gpt).sample(*arguments)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert packed(gpt, 8) is gpt
+    assert torch.equal(Sampler(gpt).sample(*arguments), fast)
