@@ -18,6 +18,7 @@ import json
 import math
 import os
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -323,17 +324,27 @@ def _fill(module: nn.Module, directory: Path, config: Config, file: str,
     """Put the tensors of one file into a module built on meta; every one is checked."""
     path = directory / file
     _check_size(directory, config, file)
+    with ThreadPoolExecutor(1) as other:  # hashing takes as long as all the rest
+        digest = other.submit(_sha256, path)
+        try:
+            stored = _read(path, module.state_dict(), device, dtype)
+        finally:  # damage shows as many faults, this is the one to name
+            if digest.result() != config.files[file]["sha256"]:
+                raise BundleError(f"{path} is not the file config.json describes, its sha256 "
+                                  f"differs: {AGAIN}") from None
+    module.load_state_dict(stored, assign=True)
+
+
+def _read(path: Path, expected: dict[str, Tensor], device: str | torch.device,
+          dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file on `device`, floating ones as `dtype`, checked against `expected`."""
     try:
-        if _sha256(path) != config.files[file]["sha256"]:
-            raise BundleError(f"{path} is not the file config.json describes, its sha256 differs: "
-                              f"{AGAIN}")
         with safe_open(path, framework="pt") as opened:  # memory-mapped: pages come when touched
             stored = {name: opened.get_tensor(name) for name in opened.keys()}
     except SafetensorError as error:
         raise BundleError(f"{path} is not a safetensors file ({error}): {AGAIN}") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    expected = module.state_dict()
     for name in sorted(expected.keys() ^ stored.keys()):
         fault = "lacks the tensor" if name in expected else "has the unknown tensor"
         raise BundleError(f"{path} {fault} {name}: {AGAIN}")
@@ -349,7 +360,7 @@ def _fill(module: nn.Module, directory: Path, config: Config, file: str,
         if not _finite(stored[name]):
             raise BundleError(f"{path} holds {name} with values that are not finite in "
                               f"{_name(stored[name].dtype)}: {AGAIN}")
-    module.load_state_dict(stored, assign=True)
+    return stored
 
 
 def _ready(module: Any) -> Any:
@@ -367,8 +378,11 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
 
 
 def _name(dtype: torch.dtype) -> str:

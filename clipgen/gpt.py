@@ -43,7 +43,7 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
-        self.store = torch.zeros(config.layers, 2, rows, config.heads, config.block_size,
+        self.store = torch.empty(config.layers, 2, rows, config.heads, config.block_size,
                                  config.width // config.heads, device=device, dtype=dtype)
         self.slots = torch.arange(config.block_size, device=device)
         self.position = torch.zeros(1, device=device, dtype=torch.int64)
@@ -53,7 +53,7 @@ class KVCache:
         """Let the next step read the first `prefix` slots.
 
         exact: that is all up to `position`.  Otherwise there are more, which a mask hides; they
-        must be finite, for under a mask 0 · NaN is NaN.
+        must be finite, which new memory need not be: under a mask 0 · NaN is NaN.
         """
         self.prefix, self.mask = prefix, None
         if not exact:

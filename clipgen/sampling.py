@@ -128,7 +128,7 @@ class Sampler:
     def prepare(self, top_k: int, guidance: float) -> None:
         """Allocate, and on CUDA capture, all that `sample` needs with these settings."""
         with torch.inference_mode():
-            self._block(guidance != 1).prepare(top_k)
+            self.block(guidance != 1).prepare(top_k)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
                top_p: float, guidance: float) -> Tensor:
@@ -154,7 +154,7 @@ class Sampler:
         result = torch.empty(len(seeds), config.block_size, dtype=torch.int64)
         with torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
-            block = self._block(guidance != 1)
+            block = self.block(guidance != 1)
             for start in range(0, len(seeds), ROWS):
                 own = seeds[start:start + ROWS]
                 e = embeddings[start:start + ROWS]
@@ -169,7 +169,8 @@ class Sampler:
                 result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 
-    def _block(self, guided: bool) -> Block:
+    def block(self, guided: bool) -> Block:
+        """The buffers and the step of a full block of rows, kept for the next images."""
         if guided not in self.blocks:
             kind = StaticBlock if self.gpt.position.is_cuda else Block
             self.blocks[guided] = kind(self.gpt, guided)
@@ -257,7 +258,7 @@ class StaticBlock(Block):
         top_p = settings.top_p if settings.top_p < 1 else float("inf")
         self.numbers.copy_(torch.tensor([max(settings.temperature, 1e-6), top_p, settings.guidance,
                                          settings.top_k or float("inf")]))
-        self.cache.store.zero_()  # what an earlier image that overflowed may have left
+        self.cache.store.zero_()  # for new memory and images that overflowed may hold anything
 
     def advance(self, position: int) -> None:
         prefix = self._bucket(position)

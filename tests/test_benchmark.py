@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import bundle
-from scripts import benchmark_train, shards
+from clipgen.gpt import KVCache
+from scripts import benchmark_sample, benchmark_train, shards
 from scripts.train_gpt import operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
 
@@ -102,3 +103,75 @@ def test_operations_are_those_of_the_matrix_products():
 def test_the_peak_is_that_of_the_device_named(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == (tflops and 1e12 * tflops)
+
+
+def test_sample_prints_every_way_and_all_parts(tmp_path):
+    size = micro_bundle(tmp_path, null_embedding=True,
+                        sampling=bundle.SamplingDefaults(guidance=2.0))
+    result = run("sample", "--size", size, "--device", "cpu", "--rows", "1,17", "--steps", 5,
+                 "--baseline", "uncached", "--candidates", 3)
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert (data["device"], data["dtype"]) == ("cpu", "float32") and data["copy_gb_per_s"] > 0
+    assert [(x["name"], x["rows"]) for x in data["results"]] == [
+        ("clipgen", 1), ("clipgen", 17), ("uncached", 1), ("uncached", 17)]
+    for x in data["results"]:
+        assert set(x) == {"name", "rows", "ms_per_step", "images_per_s", "gb_per_s",
+                          "bandwidth_share", "peak_bytes"}
+        # 16 codes an image
+        assert x["images_per_s"] == pytest.approx(x["rows"] / (16 * x["ms_per_step"] / 1000))
+        assert x["bandwidth_share"] == pytest.approx(x["gb_per_s"] / data["copy_gb_per_s"])
+    ours, ours_17, uncached, _ = data["results"]
+    ratio = uncached["ms_per_step"] / ours["ms_per_step"]
+    assert data["ratios"]["uncached"]["1"] == pytest.approx(ratio)
+    # One row in a padded block moves what 16 do; 17 take two blocks.
+    moved = [x["gb_per_s"] * x["ms_per_step"] for x in (ours, ours_17)]
+    assert moved[1] == pytest.approx(2 * moved[0])
+    assert list(data["parts"]) == ["text", "sampling", "decoding", "ranking", "saving"]
+    assert (data["candidates"], data["images"]) == (3, 3)
+    assert f"{ratio:.2f} x" in result.stderr
+
+
+def test_sample_without_transformers_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match="--baseline transformers needs .*: pip install"):
+        benchmark_sample.main(["--size", str(micro_bundle(tmp_path)), "--device", "cpu",
+                               "--baseline", "transformers", "--candidates", "0"])
+
+
+def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
+    gpt = micro_gpt()
+    weights = sum(p.nbytes for part in (gpt.blocks, gpt.norm, gpt.head) for p in part.parameters())
+    assert benchmark_sample.bytes_per_step(gpt.config, 4, "uncached", 8) == weights
+    cache = KVCache(gpt.config, 8, torch.device("cpu"), torch.float32).store.nbytes
+    assert benchmark_sample.bytes_per_step(gpt.config, 4, "transformers", 8) == weights + cache / 2
+
+
+@pytest.mark.parametrize("steps, length", [(4, 256), (16, 16), (99, 16), (1, 7)])
+def test_steps_are_spread_over_the_image(steps, length):
+    places = benchmark_sample.spread(steps, length)
+    assert len(set(places)) == min(steps, length) and max(places) < length
+    assert abs(sum(places) / len(places) - (length - 1) / 2) <= 0.5
+
+
+def test_serve_tells_the_servers_time_from_the_models(tmp_path):
+    result = run("serve", "--weights", micro_bundle(tmp_path), "--requests", 2, "--candidates", 2,
+                 "--outputs", 2)
+    data = json.loads(result.stdout.splitlines()[-1])
+    assert 0 < data["model_s"] and 0 < data["added_s"] and 0 < data["added_share"] < 1
+    assert data["request_s"] > data["added_s"] and data["requests"] == 2
+
+
+def test_start_times_every_part(tmp_path):
+    result = run("start", "--weights", micro_bundle(tmp_path), "--times", 1)
+    data = json.loads(result.stdout.splitlines()[-1])
+    parts = data["seconds"]
+    before = ["python", "torch", "open_clip", "clipgen", "reading", "moving", "preparing"]
+    assert parts["ready"] == pytest.approx(sum(parts[name] for name in before))
+    assert parts["beyond"] == pytest.approx(parts["server"] - parts["ready"])
+    assert data["ours"] == pytest.approx(sum(parts[name] for name in before[3:]))
+
+
+@pytest.mark.parametrize("command", ["serve", "start"])
+def test_a_bundle_that_is_none_is_one_sentence(tmp_path, command):
+    stderr = run(command, "--weights", tmp_path, fails=True).stderr
+    assert stderr.count("\n") == 1 and "is no bundle" in stderr

@@ -22,8 +22,8 @@ def test_cached_logits_equal_the_full_pass(layers, heads, rows, block_size, exac
         codes = torch.randint(50, (rows, block_size - 1))
         full = gpt(embedding, codes)
         cache = KVCache(gpt.config, rows, torch.device("cpu"), torch.float32)
-        if exact:  # what is not read may be what an earlier image that overflowed has left
-            cache.store.fill_(torch.nan)
+        # What is not read may be what an earlier image that overflowed has left.
+        cache.store.fill_(torch.nan if exact else 0)
         x = gpt.condition(embedding)
         for i in range(block_size):
             cache.position.fill_(i)

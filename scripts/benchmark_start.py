@@ -1,0 +1,117 @@
+"""From the start of a process to a model that is ready, by part, and to a server that is.
+
+    python -m scripts.benchmark start [--weights weights/emoji] [--device cpu]
+
+python        the interpreter
+torch, open_clip, clipgen   importing each, in this order: what one brings the next finds there
+reading       the bundle's files to modules on the CPU, every byte hashed and checked
+moving        those to the device
+preparing     packing weights on a CPU, capturing graphs on CUDA
+ready         all of it: a process that can generate
+server        the real Cog server, from its start to READY; beyond: what that takes longer
+bytes         reading the same files once and no more, for comparison; they are cached, since the
+              bundle was read just before
+
+Numbers are medians over --times processes, each new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.arguments import positive
+from scripts.benchmark_serve import serving
+from scripts.cog_schema import ROOT
+
+# The clock is the machine's, so that it goes on from this process to the next.
+CHILD = """
+import json, sys, time
+times = [time.monotonic()]
+def done(): times.append(time.monotonic())
+import torch; done()
+import open_clip.model; done()
+import clipgen, clipgen.bundle; done()
+weights, device = sys.argv[1:]
+device = torch.device(device)
+dtype = clipgen.pipeline.default_dtype(device)
+bundle = clipgen.bundle.load_bundle(weights, "cpu", dtype); done()
+for part in (bundle.clip, bundle.vqgan, bundle.gpt):
+    part.to(device)
+if device.type == "cuda": torch.cuda.synchronize()
+done()
+model = clipgen.ClipGen(bundle)
+if device.type == "cuda": torch.cuda.synchronize()
+done()
+buffer = bytearray(2**22)
+for name in clipgen.bundle.FILES.values():
+    with open(f"{weights}/{name}", "rb", buffering=0) as file:
+        while file.readinto(buffer): pass
+done()
+print(json.dumps(times))
+"""
+PARTS = ("python", "torch", "open_clip", "clipgen", "reading", "moving", "preparing", "bytes")
+
+
+def one_process(weights: Path, device: str) -> dict[str, float]:
+    """Seconds of every part but the server's."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", CHILD, str(weights), device], cwd=ROOT, text=True,
+                          capture_output=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip().splitlines()[-1])
+    times = [began, *json.loads(done.stdout)]
+    parts = {name: after - before
+             for name, before, after in zip(PARTS, times[:-1], times[1:], strict=True)}
+    return parts | {"ready": times[-2] - began}
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    rounds = []
+    for _ in tqdm(range(a.times), desc="starting", file=sys.stderr):
+        parts = one_process(a.weights, a.device)
+        began = time.monotonic()
+        with serving(a.weights):
+            parts["server"] = time.monotonic() - began
+        parts["beyond"] = parts["server"] - parts["ready"]
+        rounds.append(parts)
+    result = {name: statistics.median(parts[name] for parts in rounds) for name in rounds[0]}
+    ours = sum(result[name] for name in ("clipgen", "reading", "moving", "preparing"))
+    return {"weights": str(a.weights), "device": a.device, "times": a.times, "seconds": result,
+            "ours": ours, "reading_over_bytes": result["reading"] / result["bytes"]}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m scripts.benchmark start", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--weights", type=Path, default=ROOT / "weights" / "emoji", help="bundle (weights/emoji)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of the process; the server takes "
+        "CUDA where there is one (cpu)")
+    add("--times", type=positive, default=3, help="processes (3)")
+    a = p.parse_args(arguments)
+    if not (a.weights / "config.json").is_file():
+        raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
+    a.weights = a.weights.resolve()
+    return a
+
+
+def main(arguments: list[str] | None = None) -> None:
+    r = measure(parse(arguments))
+    for name, value in r["seconds"].items():
+        print(f"{name:10}{value:8.2f} s", file=sys.stderr)
+    print(f"ours, without the imports of torch and open_clip: {r['ours']:.2f} s; reading takes "
+          f"{r['reading_over_bytes']:.2f} x its bytes", file=sys.stderr)
+    print(json.dumps(r))
+
+
+if __name__ == "__main__":
+    main()
