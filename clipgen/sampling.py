@@ -65,10 +65,12 @@ def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p
     scaled = (logits - logits.amax(1, keepdim=True)) / temperature
     if number and k == size > FEW and top_p < 1 and logits.device.type == "cpu":
         # Sorting all costs more than the rest of a small step, looking at a value nothing on a CPU.
-        codes = logits.topk(FEW, dim=1).indices
-        probabilities = scaled.softmax(1).gather(1, codes)
-        if (probabilities.sum(1) > top_p).all():
-            return top_p_alone(probabilities, top_p), codes
+        probabilities, codes = scaled.softmax(1), logits.topk(FEW, dim=1).indices
+        if (probabilities.gather(1, codes).sum(1) <= top_p).any():
+            # Behind the same few, equal ones in the same order: no row must depend on another one.
+            rest = logits.scatter(1, codes, float("-inf")).topk(size - FEW, dim=1).indices
+            codes = torch.cat([codes, rest], dim=1)
+        return top_p_alone(probabilities.gather(1, codes), top_p), codes
     codes = logits.topk(k, dim=1).indices
     scaled = scaled.gather(1, codes)
     if limit is not None:

@@ -5,9 +5,10 @@
     python -m scripts.evaluate weights/coco --prompts coco:/data/coco --images coco:/data/coco
     python -m scripts.evaluate runs/mine --images photos/                  no text anywhere
 
---prompts N     texts about held-out combinations of the world of scripts.scenes; scripts.judge
-                says whether object, place and time are right (that needs the emoji font:
-                apt install fonts-noto-color-emoji).  Without --prompts and --images: 200.
+--prompts N     texts about things in places where the training of the default bundle never showed
+                them, and N / 5 of two things; scripts.judge says whether they are right (that needs
+                the emoji font: apt install fonts-noto-color-emoji).  Without --prompts and
+                --images: 200.  See scripts.world_scores for what the scores mean.
 --prompts FILE  a file of texts, one a line.
 --prompts coco:PATH  captions of COCO, one an image; PATH: its folder, of which
                 annotations/captions_val2017.json is read, or a file like that one.
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from dataclasses import asdict
@@ -47,27 +47,30 @@ from clipgen import ClipGen
 from clipgen.clip import CLIP, IMAGES_PER_PASS
 from clipgen.pipeline import to_image
 from clipgen.sampling import SEEDS
-from scripts import metrics
+from scripts import metrics, world_scores
 from scripts.arguments import number
 from scripts.features import RADII, Network, blurred_features, load_network
 from scripts.feed import stack_views
 from scripts.generate_images import Parser, device
 from scripts.images import open_images
-from scripts.judge import Judge, load_judge, score_on_renders
+from scripts.judge import load_judge
 from scripts.parts import load_clip
-from scripts.prompts import COCO_TEXTS, read_prompts
+from scripts.prompts import COCO_TEXTS, read_prompts, world_size
 from scripts.sheet import sheet
 
-JUDGE_SEEDS = (20_000_000, 2_000_000_000)  # of renders that nothing is trained on
 TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks
-AMONG, IN_SHEET = 100, 32  # targets that R@1 chooses from; images on a sheet
+AMONG, IN_SHEET = 100, 64  # targets that R@1 chooses from; images on a sheet
 OWN_IMAGES = 1000  # that --condition images samples from without --count, at most
+
+Conditions = list[str] | Tensor  # sampled from: texts, or images uint8 (N, 3, S, S)
 
 # Columns of the table by key of the result; those that a run has no value for are left out.
 COLUMNS = {
     "bundle": "bundle", "condition": "sampled from", "n_generated": "images",
     "candidates": "best of", "guidance": "guidance", "object_right": "object right",
-    "place_right": "place right", "time_right": "time right", "clip_score": "CLIP score ↑",
+    "object_right_one_candidate": "with 1 candidate", "both_objects_right": "both objects right",
+    "place_right": "place right", "time_right": "time right", "text_over_image": "text / image",
+    "psnr_db": "PSNR", "frechet_ratio": "FD / FD of copies", "clip_score": "CLIP score ↑",
     "clip_i": "CLIP-I ↑", "retrieval_r1": "R@1 ↑", "inception_score": "IS ↑",
     "frechet_distance": "FD ↓", "frechet_distance_real": "FD real",
     **{f"frechet_distance_blur_{r}": f"FD-{r} ↓" for r in RADII[1:]},
@@ -100,7 +103,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                    help="of the choice of texts and images, and of sampling (0)")
     p.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there)")
     p.add_argument("--sheet", type=Path, metavar="PNG",
-                   help="write the first 32 images here, with their texts or their originals")
+                   help="write the first 64 images here, with their texts or their originals")
     a = p.parse_args(arguments)
     a.condition = a.condition or ("images" if a.images and not a.prompts else "texts")
     if a.condition == "images" and not a.images:
@@ -130,7 +133,7 @@ def main(arguments: list[str] | None = None) -> dict:
     a = parse_arguments(arguments)
     try:
         result = evaluate(a)
-    except (ValueError, FileNotFoundError) as error:  # one sentence: what is wrong and what to do
+    except ValueError as error:  # one sentence: what is wrong and what to do
         raise SystemExit(str(error)) from None
     columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
     for row in (columns.values(), ["---"] * len(columns), [str(result[key]) for key in columns]):
@@ -145,12 +148,15 @@ def main(arguments: list[str] | None = None) -> dict:
 def evaluate(a: argparse.Namespace) -> dict:
     """Everything between the arguments and the result."""
     began = time.time()
-    texts, combinations = [], []
-    if a.condition == "texts":
-        texts, combinations = read_prompts(a.prompts, a.count, a.seed)
+    count = world_size(a.prompts) if a.condition == "texts" else None
+    judge = load_judge() if count else None
+    prompts = world_scores.Prompts.draw(min(count, a.count or count), len(judge.objects),
+                                        a.seed) if judge else None
+    texts = (prompts.texts if prompts else
+             read_prompts(a.prompts, a.count, a.seed) if a.condition == "texts" else [])
     model = ClipGen.load(a.bundle, a.device)
     device, size = model.clip.device, model.vqgan.config.image_size
-    known = check_texts(model, texts, world=bool(combinations))
+    known = check_texts(model, texts, world=judge is not None)
     clip, clip_name = scoring_clip(model, a.score_clip)
     network = load_network(a.features, clip, clip_name) if a.images else None
     names, real, other = [], None, None
@@ -160,24 +166,31 @@ def evaluate(a: argparse.Namespace) -> dict:
             print(f"{a.images} has fewer than {2 * len(real)} readable images, so samples are "
                   "compared with the very images they were sampled from, which flatters them",
                   file=sys.stderr)
-    judge = load_judge() if combinations else None
-    scores = {"judge_on_renders": on_renders(judge)} if judge else {}
+    scores = {"judge_on_renders": world_scores.judged_on_renders(judge, size)} if judge else {}
 
     conditions = texts or real
     settings = asdict(model.sampling) | {name: getattr(a, name) for name in
                                          ("guidance", "temperature", "top_p")
                                          if getattr(a, name) is not None}
-    generated, seconds = sample(model, conditions, a.seed, a.candidates, settings)
+    generated, first, seconds = sample(model, conditions, a.seed, a.candidates, settings)
     scores |= fit(clip, generated, conditions, a.seed)
     if judge:
-        scores |= verdicts(judge, generated, texts, combinations)
+        def again(conditions: Conditions, candidates: int) -> tuple[Tensor, Tensor]:
+            return sample(model, conditions, a.seed + 1, candidates, settings)[:2]
+
+        scores |= world_scores.text_scores(judge, prompts, generated, first)
+        scores |= world_scores.paired_scores(judge, prompts, first, again, size, a.seed)
+        scores |= world_scores.quality_scores(model, judge, prompts, generated, size, a.seed)
     if network:
         scores |= distances(network, generated, real, other, device)
     result = {
         "bundle": str(a.bundle), "condition": a.condition, "prompts": a.prompts, "images": a.images,
         **{name: float(f"{score:.5g}") for name, score in scores.items()},
-        "n_prompts": len(texts), **known, "n_generated": len(generated),
-        "n_real": 0 if real is None else len(real), "independent": network and other is not None,
+        "n_prompts": len(prompts.ones if prompts else texts),
+        "n_objects": judge and len(judge.objects),
+        "judge_dimensions": judge and judge.dimensions, **known,
+        "n_generated": len(generated), "n_real": 0 if real is None else len(real),
+        "independent": network and other is not None,
         "image_size": size, "retrieval_among": min(AMONG, len(generated)), "score_clip": clip_name,
         "features": network and network.name, "dimensions": network and network.dimensions,
         "resize": network and network.resize, "candidates": a.candidates, **settings,
@@ -238,14 +251,7 @@ def read_real(source: str, size: int, count: int | None,
     return names[:count], views[:count], views[count:] if len(views) == 2 * count else None
 
 
-def on_renders(judge: Judge) -> float:
-    """The judge's share right on 1,000 new renders, of the question it answers worst."""
-    shares = score_on_renders(judge, 1000, random.SystemRandom().randrange(*JUDGE_SEEDS))
-    print(f"judge on 1,000 new renders: {shares}", file=sys.stderr)
-    return min(shares.values())
-
-
-def embed(clip: CLIP, conditions: list[str] | Tensor) -> Tensor:
+def embed(clip: CLIP, conditions: Conditions) -> Tensor:
     """Unit rows (N, D) of texts, or of images uint8 (N, 3, S, S)."""
     if isinstance(conditions, Tensor):
         return torch.cat([clip.embed_pixels(part.float() / 255)
@@ -254,14 +260,15 @@ def embed(clip: CLIP, conditions: list[str] | Tensor) -> Tensor:
     return torch.cat([clip.embed_texts([text]) for text in conditions])
 
 
-def sample(model: ClipGen, conditions: list[str] | Tensor, seed: int, candidates: int,
-           settings: dict[str, float]) -> tuple[Tensor, float]:
-    """Images uint8 (N, 3, S, S), one for each text or image (uint8), and the seconds it took.
+def sample(model: ClipGen, conditions: Conditions, seed: int, candidates: int,
+           settings: dict[str, float]) -> tuple[Tensor, Tensor, float]:
+    """For each text or image (uint8) the best of its candidates and the first of them, both uint8
+    (N, 3, S, S), and the seconds it took.
 
     Image i is that of `generate(texts[i], num_images=1, candidates=candidates, seed=seed + i *
     candidates)`, but the candidates of several texts share the sampler's blocks.
     """
-    began, best = time.perf_counter(), []
+    began, best, firsts = time.perf_counter(), [], []
     group = max(1, TOGETHER // candidates)
     bar = tqdm(total=len(conditions), unit="image", desc="sampling")
     for start in range(0, len(conditions), group):
@@ -272,29 +279,20 @@ def sample(model: ClipGen, conditions: list[str] | Tensor, seed: int, candidates
         for embedding, pixels in zip(embeddings, model.decode(codes).split(candidates),
                                      strict=True):
             nearest = (model.clip.embed_pixels(pixels) @ embedding).argmax()
-            best.append((pixels[nearest] * 255).round().to("cpu", torch.uint8))
+            for kept, one in ((best, pixels[nearest]), (firsts, pixels[0])):
+                kept.append((one * 255).round().to("cpu", torch.uint8))
         bar.update(len(embeddings))
     bar.close()
-    return torch.stack(best), time.perf_counter() - began
+    return torch.stack(best), torch.stack(firsts), time.perf_counter() - began
 
 
-def fit(clip: CLIP, generated: Tensor, conditions: list[str] | Tensor,
+def fit(clip: CLIP, generated: Tensor, conditions: Conditions,
         seed: int) -> dict[str, float]:
     """How near the images are to what they were sampled from: CLIP score or CLIP-I, and R@1."""
     images, targets = (embed(clip, x).cpu().numpy() for x in (generated, conditions))
     name = "clip_i" if isinstance(conditions, Tensor) else "clip_score"
     return {name: metrics.clip_score(images, targets),
             "retrieval_r1": metrics.retrieval_r1(images, targets, seed, AMONG)}
-
-
-def verdicts(judge: Judge, generated: Tensor, texts: list[str],
-             combinations: list[tuple[str, str, str]]) -> dict[str, float]:
-    """The shares of images that the judge finds right; wrong ones are named on stderr."""
-    right = judge.right(generated.float() / 255, combinations)
-    for text, *hits in zip(texts, *right.values(), strict=True):
-        if wrong := [question for question, hit in zip(right, hits, strict=True) if not hit]:
-            print(f"wrong {', '.join(wrong)}: {text}", file=sys.stderr)
-    return {f"{question}_right": sum(hits) / len(hits) for question, hits in right.items()}
 
 
 def distances(network: Network, generated: Tensor, real: Tensor, other: Tensor | None,

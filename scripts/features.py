@@ -50,8 +50,8 @@ def load_network(name: str | None, clip: CLIP, clip_name: str) -> Network:
         print(f"features of CLIP, not of Inception: {missing}", file=sys.stderr)
     if name == "judge":
         judge = load_judge().to(clip.device).requires_grad_(False)
-        return Network("the penultimate layer of scripts.judge", 192, "area, to 64 pixels",
-                       judge.embed)
+        return Network("the penultimate layer of scripts.judge", judge.dimensions,
+                       "area, to 64 pixels", judge.embed)
     # Of length √D, so that the kernel of KID, a polynomial of x · y / D, is one of the cosine.
     length = clip.embedding_dim ** 0.5
     return Network(f"embeddings of {clip_name}", clip.embedding_dim,

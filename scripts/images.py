@@ -3,6 +3,7 @@
     images, validation = open_images("photos/")           # any depth; or photos.zip, photos.tar
     images, validation = open_images("data/{0000..0099}.tar")
     images, validation = open_images("coco:/data/coco")   # PRESETS below
+    images, validation = open_images("scenes:80000")      # drawn by scripts.scenes
 
 Opening lists the names and where each image lies; pixels are read when asked for, and nothing is
 ever unpacked to disk.  NAME.txt beside an image holds its captions, one a line, NAME.json its
@@ -263,6 +264,12 @@ def open_images(source: str | Path, captions: Path | None = None) -> tuple[Image
     """
     source = str(source)
     preset, _, root = source.partition(":")
+    if preset == "scenes":
+        from scripts.scenes import Scenes
+
+        if captions:
+            raise ValueError(f"{source} has captions of its own: leave {captions} out")
+        return Scenes.parse(root), None
     if preset in PRESETS and root:
         images, validation = PRESETS[preset](Path(root).expanduser())
     elif "{" in source and not os.path.exists(source):

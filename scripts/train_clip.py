@@ -168,7 +168,7 @@ class CLIPTraining:
         return {"retrieval": hits / len(pixels)}, {}
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -187,7 +187,11 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--scale", type=scale, default=1.0, help="least share of the side in a crop (1)")
     add("--flip", action="store_true", help="mirror too; captions may say left and right")
     add("--workers", type=whole, default=0, help="processes that read images (0: none apart)")
-    a = p.parse_args(arguments)
+    return p.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    a = parse(arguments)
     accelerator = runs.start(a.dtype, a.seed)
     try:
         images, held, data = open_parts(a.images, a.validation, a.held_out, a.captions)

@@ -241,7 +241,7 @@ class VQGANTraining:
         return scores, {"grid": picture}
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -283,7 +283,11 @@ def main(arguments: list[str] | None = None) -> dict:
     add("--gan-channels", type=positive, default=32, help="of the discriminator (32)")
     if p.parse_known_args(arguments)[0].published:
         p.set_defaults(**PUBLISHED)
-    a = p.parse_args(arguments)
+    return p.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    a = parse(arguments)
     accelerator = runs.start(a.dtype, a.seed)
     perceptual = perceptual_loss(a)
     vqgan = make_vqgan(a)

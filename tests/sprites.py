@@ -1,8 +1,12 @@
 """Stand-ins for the emoji glyphs: a coloured shape for each object, so that tests need no font."""
 
+from collections.abc import Iterator
+
+import numpy as np
 from PIL import Image, ImageDraw
 
-from scripts.scenes import OBJECTS
+from scripts.scenes import Scenes, draw_scene
+from scripts.world import OBJECTS
 
 
 def drawn_sprites() -> dict[str, Image.Image]:
@@ -15,3 +19,11 @@ def drawn_sprites() -> dict[str, Image.Image]:
         shape([0, 0, 119, 99], fill=colour)
         sprites[name] = sprite
     return sprites
+
+
+def drawn_scenes(count: int, size: int) -> Iterator[tuple[Image.Image, list[str]]]:
+    """Pictures and captions of scenes with these stand-ins."""
+    sprites, scenes = drawn_sprites(), Scenes(range(count), size=size)
+    for i in range(count):
+        picture = draw_scene(np.random.default_rng(i), scenes.drawn_labels(i), size, sprites)
+        yield picture, scenes.captions(i)

@@ -174,6 +174,23 @@ def test_top_p_sorts_few_codes_where_few_are_kept_and_all_where_many_are():
         assert probabilities.shape == codes.shape == (len(logits), width)
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), top_p=st.sampled_from([0.3, 0.9, 0.99]))
+def test_the_company_of_a_row_changes_nothing_about_it(seed, top_p):
+    """A flat row beside it makes all codes be sorted; a steep one draws from the same ones still,
+    to the last bit."""
+    torch.manual_seed(seed)
+    steep, flat = 9 * torch.randn(1, 4 * FEW), torch.zeros(1, 4 * FEW)
+    steep = steep.bfloat16().float()  # with ties
+    alone = filter_logits(steep, 1.0, 0, top_p)
+    beside = filter_logits(torch.cat([steep, flat]), 1.0, 0, top_p)
+    assert alone[0].shape[1] == FEW < beside[0].shape[1]
+    assert all(torch.equal(a[0], b[0, :FEW]) for a, b in zip(alone, beside, strict=True))
+    assert beside[0][0, FEW:].sum() == 0
+    for u in torch.rand(20):
+        assert draw(*alone, u[None]) == draw(beside[0][:1], beside[1][:1], u[None])
+
+
 @settings(deadline=None, max_examples=10)
 @given(count=st.integers(1, 19), start=st.integers(0, 2**31 - 20), guidance=st.sampled_from([1, 3]),
        top_k=st.sampled_from([0, 5]))

@@ -1,6 +1,7 @@
-"""The scenes: deterministic, varied, truthfully captioned, and a tenth of them held out."""
+"""The scenes: deterministic, varied, truthfully captioned, and a tenth of their pairs held out."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -9,58 +10,161 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts import scenes
+from scripts import scenes, world
+from scripts.images import open_images
+from scripts.scenes import Scenes, draw_scene
+from scripts.views import batches
 from tests.sprites import drawn_sprites
 
 SPRITES = drawn_sprites()
+SEEDS = st.integers(0, 2**40)
+EVERYWHERE = [world.Labels(("cat",), place, time) for place in world.PLACES
+              for time in ([None] if place in world.TIMELESS else world.TIMES)]
+EVERYWHERE += [world.Labels(("cat",), colour, None) for colour in world.COLOURS]
 
 
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 2**40), held_out=st.booleans())
-def test_a_seed_is_a_scene(seed, held_out):
-    scene = scenes.render(seed, 64, held_out, SPRITES)
-    again = scenes.render(seed, 64, held_out, SPRITES)
-    assert np.array_equal(np.asarray(scene.image), np.asarray(again.image))
-    assert scene.captions == again.captions
-    assert scene.image.size == (64, 64) and scene.image.mode == "RGB"
-    assert ((scene.object, scene.place, scene.time) in scenes.HELD_OUT) == held_out
+@pytest.fixture
+def sprites(monkeypatch):
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda: SPRITES)
+    monkeypatch.setattr(scenes, "find_font", lambda: None)
+
+
+def pixels(labels, seed, size=32):
+    return np.asarray(draw_scene(np.random.default_rng(seed), labels, size, SPRITES))
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 2**40), labels=st.sampled_from(scenes.COMBINATIONS))
-def test_captions_say_what_the_scene_shows(seed, labels):
-    name, place, time = labels
-    text = scenes.write_caption(np.random.default_rng(seed), name, place, time)
-    assert any(n in text for n in scenes.OBJECTS[name][1])
-    assert any(p in text for p in scenes.PLACES[place])
-    assert any(t in text for t in scenes.TIMES[time])
-    assert text == " ".join(text.split()) and " ," not in text
+@given(seed=SEEDS, objects=st.integers(2, len(world.OBJECTS)), held_out=st.booleans())
+def test_a_seed_is_a_scene(seed, objects, held_out):
+    source = Scenes(range(seed, seed + 1), objects, held_out=held_out)
+    labels = source.drawn_labels(0)
+    assert labels == Scenes((5, seed), objects, held_out=held_out).drawn_labels(1)
+    assert world.is_held_out(labels) == held_out
+    assert set(labels.objects) <= set(list(world.OBJECTS)[:objects])
+    image = pixels(labels, seed)
+    assert (image == pixels(labels, seed)).all() and image.shape == (32, 32, 3)
+    assert (image != pixels(labels, seed + 1)).any()
+    assert source.captions(0) == source.captions(0)
 
 
-def test_every_combination_can_be_drawn_and_seeds_differ():
-    images = set()
-    for i, labels in enumerate(scenes.COMBINATIONS):
-        scene = scenes.render(i, 32, sprites=SPRITES, labels=labels)
-        assert (scene.object, scene.place, scene.time) == labels
-        images.add(scene.image.tobytes())
-    assert len(images) == len(scenes.COMBINATIONS)
-    same = [scenes.render(s, 32, sprites=SPRITES, labels=labels).image.tobytes() for s in (1, 2)]
-    assert same[0] != same[1]
+def test_places_times_and_colours_differ():
+    images = [pixels(labels, 7) for labels in EVERYWHERE]
+    assert len({image.tobytes() for image in images}) == len(EVERYWHERE) == 11 * 4 + 1 + 9
+    night = [pixels(world.Labels(("cat",), "snow", "night"), s).mean() for s in range(9)]
+    day = [pixels(world.Labels(("cat",), "snow", "day"), s).mean() for s in range(9)]
+    assert max(night) < min(day)
 
 
-def test_a_tenth_is_held_out_and_nothing_is_wholly_unseen():
-    assert len(scenes.HELD_OUT) == round(len(scenes.COMBINATIONS) / 10)
-    seen = set(scenes.COMBINATIONS) - scenes.HELD_OUT
-    for column, names in enumerate((scenes.OBJECTS, scenes.PLACES, scenes.TIMES)):
-        assert {labels[column] for labels in seen} == set(names)
-        assert all(sum(c[column] == n for c in seen) >= 9 for n in names)
+def test_two_objects_are_drawn_left_and_right():
+    for seed in range(9):
+        left = pixels(world.Labels(("cat", "dog"), "white", None), seed)
+        for half, name in ((left[:, :14], "cat"), (left[:, 18:], "dog")):
+            colour = np.array(SPRITES[name].getpixel((60, 50))[:3], int)
+            assert (np.abs(half.astype(int) - colour).sum(2) < 30).mean() > 0.1
 
 
-def test_a_missing_font_is_one_sentence(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLIPGEN_EMOJI_FONT", str(tmp_path / "no.ttf"))
-        with pytest.raises(FileNotFoundError, match="apt install fonts-noto-color-emoji"):
-            scenes.find_font()
+@settings(deadline=None, max_examples=200)
+@given(seed=SEEDS, unseen=st.booleans())
+def test_captions_say_what_the_scene_shows(seed, unseen):
+    rng = np.random.default_rng(seed)
+    labels = world.draw_labels(rng, len(world.OBJECTS))
+    text = world.write_caption(rng, labels, unseen=unseen)
+    assert text == " ".join(text.split()) and " ," not in text and ",," not in text
+    assert not set(text) & set("{}") and text[0].isalpha() and text[-1] not in ",:"
+    twins = len(labels.objects) == 2 and len(set(labels.objects)) == 1
+    for name in labels.objects:
+        said = [world.plural(n) if twins else world.article(n) for n in world.OBJECTS[name][1]]
+        assert any(n in text for n in said)
+    if labels.place in world.COLOURS:
+        assert labels.place in text
+    else:
+        assert any(p in text for p in world.PLACES[labels.place])
+    if labels.time:
+        assert any(t in text for t in world.TIMES[labels.time])
+    shorter = world.write_caption(rng, labels, place=False, time=False)
+    assert not any(t in shorter for t in sum(world.TIMES.values(), ()))
+
+
+def test_left_and_right_are_told_truly():
+    labels = world.Labels(("cat", "dog"), "snow", "day")
+    names = [[world.article(n) for n in world.OBJECTS[name][1]] for name in labels.objects]
+    told = set()
+    for seed in range(400):
+        text = world.write_caption(np.random.default_rng(seed), labels)
+        (cat,), (dog,) = ([n for n in each if n in text] for each in names)
+        for k, sentence in enumerate((f"{cat} to the left of {dog}", f"{dog} to the right of {cat}",
+                                      f"{cat} on the left and {dog} on the right")):
+            told |= {k} if sentence in text else set()
+        assert f"{dog} to the left" not in text and f"{dog} on the left" not in text
+        assert f"{cat} to the right" not in text and f"{cat} on the right" not in text
+    assert told == {0, 1, 2}
+
+
+def test_no_training_caption_is_worded_as_the_test_texts_are():
+    assert not set(world.ONE) & set(world.UNSEEN)
+    words = {word.strip(",:") for pattern in world.ONE for word in pattern.split()}
+    assert {word.strip(",:") for pattern in world.UNSEEN for word in pattern.split()} - words <= {
+        "is", "and", "of"}
+
+
+@pytest.mark.parametrize("noun, article, plural", [
+    ("apple", "an apple", "apples"), ("unicorn", "a unicorn", "unicorns"), ("ufo", "a ufo", "ufos"),
+    ("bus", "a bus", "buses"), ("fox", "a fox", "foxes"), ("puppy", "a puppy", "puppies"),
+    ("monkey", "a monkey", "monkeys"), ("torch", "a torch", "torches"), ("owl", "an owl", "owls"),
+    ("slice of pizza", "a slice of pizza", "slices of pizza"), ("sheep", "a sheep", "sheep"),
+    ("bunch of grapes", "a bunch of grapes", "bunches of grapes"), ("wolf", "a wolf", "wolves")])
+def test_nouns(noun, article, plural):
+    assert (world.article(noun), world.plural(noun)) == (article, plural)
+
+
+@pytest.mark.parametrize("objects", [20, 40, len(world.OBJECTS)])
+def test_a_tenth_of_all_pairs_is_held_out_and_nothing_is_wholly_unseen(objects):
+    names = list(world.OBJECTS)[:objects]
+    held = [pair for pair in world.HELD_OUT if pair[0] in names]
+    assert abs(len(held) / (objects * len(world.PLACES)) - 0.1) < 0.01
+    for name in names:
+        assert 1 <= sum(pair[0] == name for pair in held) <= 2
+    counts = [sum(pair[1] == place for pair in held) for place in world.PLACES]
+    assert max(counts) - min(counts) <= 1 and max(counts) < objects // 2
+
+
+def test_the_world_is_as_large_as_it_says():
+    assert len(world.OBJECTS) >= 200 and len(world.PLACES) == 12 and len(world.TIMES) == 4
+    names = [name for _, names in world.OBJECTS.values() for name in names]
+    assert len(names) == len(set(names))
+    assert len({glyph for glyph, _ in world.OBJECTS.values()}) == len(world.OBJECTS)
+
+
+def test_scenes_are_an_image_source(sprites):
+    images, validation = open_images("scenes:9,objects=12,size=32,first=100")
+    assert validation is None and len(images) == len(set(images.names)) == 9
+    again = pickle.loads(pickle.dumps(images)).subset([3])
+    assert again.image(0).tobytes() == images.image(3).tobytes()
+    assert again.captions(0) == images.captions(3) and again.labels(0) == images.labels(3)
+    assert images.fingerprint() != open_images("scenes:9,objects=13,size=32")[0].fingerprint()
+    read = batches(images, 32, 4, seed=0, first_step=0, steps=3, scale=1.0, flip=False)
+    for index, views in read:
+        for i, view in zip(index.tolist(), views, strict=True):
+            assert (view.permute(1, 2, 0).numpy() == np.asarray(images.image(i))).all()
+    held, _ = open_images("scenes:50,held-out")
+    assert all(world.is_held_out(held.drawn_labels(i)) for i in range(50))
+
+
+@pytest.mark.parametrize("source, sentence", [
+    ("scenes:", "is no number of scenes"), ("scenes:0", "'0' is no number"),
+    ("scenes:-5", "'-5' is no number"), ("scenes:9,object=3", "'object=3' is none of"),
+    ("scenes:9,objects=1", "objects from 2 to"), ("scenes:9,size=4", "size from 8"),
+    ("scenes:9,objects=999", "objects from 2 to"), ("scenes:9,size=x", "'size=x' is none of")])
+def test_what_is_no_source_is_one_sentence(sprites, source, sentence):
+    with pytest.raises(ValueError, match="scenes:.*" + sentence):
+        open_images(source)
+
+
+def test_a_missing_font_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPGEN_EMOJI_FONT", str(tmp_path / "no.ttf"))
+    for need in (scenes.find_font, lambda: open_images("scenes:9")):
+        with pytest.raises(ValueError, match="apt install fonts-noto-color-emoji"):
+            need()
 
 
 def test_inference_needs_no_font(tmp_path):

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from clipgen import ClipGen
-from scripts import scenes, train
+from scripts import train
 from scripts.arguments import duration
 from scripts.images import Images, open_images
 from scripts.sizes import new_sizes
 from tests import shapes
 from tests.micro import micro_bundle
-from tests.sprites import drawn_sprites
+from tests.sprites import drawn_scenes
 from tests.test_readme import ROOT
 
 
@@ -46,9 +46,8 @@ def refusal(capsys, *arguments):
 def source(tmp_path_factory):
     """64 scenes without captions."""
     root = tmp_path_factory.mktemp("source")
-    sprites = drawn_sprites()
-    for i in range(64):
-        scenes.render(i, 32, sprites=sprites).image.save(root / f"{i}.png")
+    for i, (image, _) in enumerate(drawn_scenes(64, 32)):
+        image.save(root / f"{i}.png")
     return root
 
 

@@ -12,16 +12,15 @@ import torch
 
 from clipgen import ClipGen
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts import scenes, train_vqgan
+from scripts import train_vqgan
 from scripts.images import open_images
-from scripts.judge import QUESTIONS, WEIGHTS, load_judge
 from scripts.optimise import learning_rate
 from scripts.parts import CODES, fingerprint, load_vqgan
 from scripts.reconstruction import entropy, psnr, ssim
 from scripts.train_gpt import Reconstruction, centre, perturbation
 from scripts.train_vqgan import restart_dead_codes, whiten
 from tests.micro import micro_clip, micro_vqgan
-from tests.sprites import drawn_sprites
+from tests.sprites import drawn_scenes
 
 
 def run(script, *arguments, fails=False):
@@ -36,13 +35,11 @@ def run(script, *arguments, fails=False):
 def folder(tmp_path_factory):
     """64 scenes with captions, three folders deep."""
     root = tmp_path_factory.mktemp("images")
-    sprites = drawn_sprites()
-    for i in range(64):
-        scene = scenes.render(i, 32, sprites=sprites)
+    for i, (image, captions) in enumerate(drawn_scenes(64, 32)):
         place = root / "a" / str(i % 3)
         place.mkdir(parents=True, exist_ok=True)
-        scene.image.save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text("\n".join(scene.captions))
+        image.save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text("\n".join(captions))
     return root
 
 
@@ -216,16 +213,3 @@ def test_whitened_features_spread_over_all_directions():
         rows = vqgan.encoder(pixels * 2 - 1).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(8), atol=0.05, rtol=0)
-
-
-def test_the_judge_is_small_and_marks_each_question():
-    assert WEIGHTS.stat().st_size <= 2 * 2**20
-    judge = load_judge()
-    pixels = torch.rand(5, 3, 64, 64)
-    with torch.no_grad():
-        answers = {q: logits.argmax(1).tolist() for q, logits in judge(pixels).items()}
-    labels = [tuple(QUESTIONS[q][answers[q][i]] for q in QUESTIONS) for i in range(5)]
-    assert judge.right(pixels, labels) == {q: [True] * 5 for q in QUESTIONS}
-    wrong = [("no", place, time) for _, place, time in labels]
-    assert judge.right(pixels, wrong)["object"] == [False] * 5
-    assert judge.right(pixels, wrong)["place"] == [True] * 5

@@ -1,0 +1,74 @@
+"""The recipe of the default bundle: flags that its commands take, stops that lose nothing."""
+
+import json
+import os
+import shlex
+import signal
+import threading
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from scripts import scenes, train_emoji
+from scripts.images import open_images
+
+
+@pytest.mark.parametrize("preset", list(train_emoji.PRESETS))
+def test_every_command_is_taken_by_its_script(preset, monkeypatch):
+    monkeypatch.setattr(scenes, "find_font", lambda: None)
+    seen = []
+    parts = train_emoji.parts(train_emoji.PRESETS[preset], Path("runs/x"), Path("weights/x"))
+    for command in parts.values():
+        module, *flags = shlex.split(command)
+        script = import_module(f"scripts.{module}")
+        if module != "make_bundle":
+            a = script.parse(flags)
+        for flag in flags:
+            if flag.startswith("scenes:"):
+                seen.append(open_images(flag)[0])
+        if module == "train_vqgan" and not a.decoder_of:
+            assert script.make_vqgan(a).config.grid == 16
+    trained = {seed for each in seen if len(each) > 10_000 for seed in (each.seeds[0],
+                                                                         each.seeds[-1])}
+    others = [each.seeds[0] for each in seen if len(each) <= 10_000]
+    assert len({each.objects for each in seen}) == len({each.size for each in seen}) == 1
+    assert min(others) > max(trained) and len(others) == 3
+    assert [each.held_out for each in seen].count(True) == 2
+
+
+def test_it_stops_in_time_goes_on_and_adds_up_seconds(tmp_path, monkeypatch, capfd):
+    """A part that is told to stop is begun again, those before it are not."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "__init__.py").touch()
+    (tmp_path / "scripts" / "wait.py").write_text(
+        "import json, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "open('marks', 'a').write(sys.argv[1])\n"
+        "seconds, status = json.load(open('plan'))[sys.argv[1]]\n"
+        "time.sleep(seconds)\nsys.exit(status)\n")
+    monkeypatch.chdir(tmp_path)
+    plan, marks = {"a": (0, 0), "b": (60, 0), "c": (0, 0)}, tmp_path / "marks"
+    commands = {name: f"wait {name}" for name in plan}
+    monkeypatch.setattr(train_emoji, "parts", lambda *_: commands)
+
+    def run(*more, **changes):
+        (tmp_path / "plan").write_text(json.dumps(plan | changes))
+        return train_emoji.main(["--run", "run", "--out", "out", *more])
+
+    with pytest.raises(SystemExit, match="b is not finished: the same command goes on"):
+        run("--minutes", "0.03")
+    assert marks.read_text() == "ab"
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit, match="b is not finished: the same command goes on"):
+        run()
+    with pytest.raises(SystemExit, match="b failed with status 3"):
+        run(b=(0, 3))
+    spent = run(b=(0, 0))
+    assert marks.read_text() == "abbbbc" and set(spent) == {"a", "b", "c", "all"}
+    assert spent["b"] > 2 and spent["all"] == pytest.approx(sum(spent[k] for k in "abc"), abs=0.1)
+    assert run() == spent and marks.read_text() == "abbbbc"
+    assert "python -m scripts.wait c\n" in capfd.readouterr().err
+    commands["c"] = "wait other"
+    with pytest.raises(SystemExit, match="run holds c made by other settings"):
+        run()
