@@ -209,8 +209,8 @@ def test_another_clip_can_score(bundle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--prompts", "-3"], "--prompts -3: the number of texts starts at 1"),
-    (["--prompts", "0"], "--prompts 0: the number of texts starts at 1"),
+    (["--prompts", "-3"], "--prompts -3: the number of texts starts at 2"),
+    (["--prompts", "1"], "--prompts 1: the number of texts starts at 2"),
     (["--prompts", "TMP/none.txt"], "none.txt cannot be read (No such file or directory): give a "),
     (["--prompts", "TMP"], "cannot be read (Is a directory): give a whole number, a file"),
     (["--prompts", "TMP/empty.txt"], "empty.txt has no text in it: write one a line"),
