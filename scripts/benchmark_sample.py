@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from clipgen.pipeline import default_dtype, to_image
 from clipgen.sampling import ROWS, Sampler, Settings, draw, filter_logits, uniforms
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.arguments import positive, whole
+from scripts.benchmark import settle
 from scripts.runs import memory_gb
 
 ROUNDS = 3
@@ -198,6 +198,7 @@ def time_parts(model: ClipGen, candidates: int, images: int) -> dict[str, float]
     return rounds[1]  # the first is warm-up
 
 
+@torch.inference_mode()
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(a.device)
@@ -302,11 +303,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "CUDA, 16 on a CPU, none for published on a CPU)")
     add("--images", type=positive, help="of them, saved (default: 8 on CUDA, 4 on a CPU)")
     a = p.parse_args(arguments)
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: there is no CUDA device here; give --device cpu")
-    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = a.device == "cuda"
-    a.size = a.size or ("published" if on_cuda else "weights/emoji")
+    on_cuda = settle(a)
     a.dtype = a.dtype or str(default_dtype(torch.device(a.device))).removeprefix("torch.")
     a.steps = a.steps or (10**9 if on_cuda else 16)
     a.images = a.images or (8 if on_cuda else 4)
@@ -314,21 +311,3 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         a.candidates = 64 if on_cuda else 0 if a.size == "published" else 16
     a.baseline = sorted(set(a.baseline), reverse=True)
     return a
-
-
-def main(arguments: list[str] | None = None) -> None:
-    a = parse(arguments)
-    try:
-        with torch.inference_mode():
-            result = measure(a)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"--rows {max(a.rows)} does not fit into the memory of {a.device}: give "
-                         "fewer") from None
-    print(table(result), file=sys.stderr)
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

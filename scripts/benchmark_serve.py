@@ -104,6 +104,13 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             "first_request_s": whole[0]}
 
 
+def table(r: dict[str, Any]) -> str:
+    return (f"{r['outputs']} images of {r['candidates']} candidates: request to response "
+            f"{r['request_s']:.3f} s, of it the model {r['model_s']:.3f} s, "
+            f"all else {1000 * r['added_s']:.0f} ms ({r['added_share']:.1%}); "
+            f"the first request {r['first_request_s']:.3f} s")
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m scripts.benchmark serve", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,16 +124,3 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
     a.candidates = max(a.candidates, a.outputs)
     return a
-
-
-def main(arguments: list[str] | None = None) -> None:
-    r = measure(parse(arguments))
-    print(f"{r['outputs']} images of {r['candidates']} candidates: request to response "
-          f"{r['request_s']:.3f} s, of it the model {r['model_s']:.3f} s, "
-          f"all else {1000 * r['added_s']:.0f} ms ({r['added_share']:.1%}); "
-          f"the first request {r['first_request_s']:.3f} s", file=sys.stderr)
-    print(json.dumps(r))
-
-
-if __name__ == "__main__":
-    main()

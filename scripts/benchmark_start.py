@@ -89,6 +89,12 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             "ours": ours, "reading_over_bytes": result["reading"] / result["bytes"]}
 
 
+def table(r: dict[str, Any]) -> str:
+    return "\n".join([*(f"{name:10}{value:8.2f} s" for name, value in r["seconds"].items()),
+                      f"ours, without the imports of torch and open_clip: {r['ours']:.2f} s; "
+                      f"reading takes {r['reading_over_bytes']:.2f} x its bytes"])
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m scripts.benchmark start", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,16 +108,3 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
     a.weights = a.weights.resolve()
     return a
-
-
-def main(arguments: list[str] | None = None) -> None:
-    r = measure(parse(arguments))
-    for name, value in r["seconds"].items():
-        print(f"{name:10}{value:8.2f} s", file=sys.stderr)
-    print(f"ours, without the imports of torch and open_clip: {r['ours']:.2f} s; reading takes "
-          f"{r['reading_over_bytes']:.2f} x its bytes", file=sys.stderr)
-    print(json.dumps(r))
-
-
-if __name__ == "__main__":
-    main()

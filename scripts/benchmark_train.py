@@ -21,7 +21,6 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import runs, shards, train_gpt
 from scripts.arguments import positive
+from scripts.benchmark import settle
 
 IMAGES, CROPS = 4096, 4  # of the temporary shards
 BLOCKS = 10  # of steps, of each way, at most
@@ -201,28 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, default=20, help=f"timed steps of each way, in {BLOCKS} "
         "blocks or fewer (20)")
     a = p.parse_args(arguments)
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: there is no CUDA device here; give --device cpu")
-    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = a.device == "cuda"
-    a.size = a.size or ("published" if on_cuda else "weights/emoji")
+    on_cuda = settle(a)
     a.dtype = a.dtype or ("bfloat16" if on_cuda else "float32")
     a.compile = on_cuda if a.compile is None else a.compile
     return a
-
-
-def main(arguments: list[str] | None = None) -> None:
-    a = parse(arguments)
-    try:
-        result = measure(a)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"--batch {a.batch} does not fit into the memory of {a.device}: give a "
-                         "smaller one") from None
-    print(table(result), file=sys.stderr)
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import bundle
 from clipgen.gpt import KVCache
-from scripts import benchmark_sample, benchmark_train, shards
+from scripts import benchmark, benchmark_sample, benchmark_train, shards
 from scripts.train_gpt import operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
 
@@ -134,8 +134,8 @@ def test_sample_prints_every_way_and_all_parts(tmp_path):
 def test_sample_without_transformers_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SystemExit, match="--baseline transformers needs .*: pip install"):
-        benchmark_sample.main(["--size", str(micro_bundle(tmp_path)), "--device", "cpu",
-                               "--baseline", "transformers", "--candidates", "0"])
+        benchmark.main(["sample", "--size", str(micro_bundle(tmp_path)), "--device", "cpu",
+                        "--baseline", "transformers", "--candidates", "0"])
 
 
 def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
