@@ -21,22 +21,34 @@ def bundle(tmp_path, monkeypatch):
 
 def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations, "GPT", "--layers 1 --width 16 --heads 2 --batch 4")
+    monkeypatch.setattr(ablations, "VQGAN", "--size 64 --channels 4,4,8,8 --codebook-size 32 "
+                        "--batch 4 --gan 0")
     monkeypatch.setattr(ablations, "SAMPLING", [{"guidance": 3}, {"top_p": 0.9, "candidates": 2}])
-    first = "paper's recipe: no noise"
-    arguments = ["--clip", str(bundle), "--vqgan", str(bundle), "--run", str(tmp_path / "run"),
-                 "--objects", "4", "--scenes", "40", "--steps", "2", "--prompts", "3", "--variants"]
-    rows = ablations.main([*arguments, first])
-    assert {f"{first}, seed 0", first, "settings"} == set(rows)
-    assert 0 <= rows[first]["object_right_of_texts"] <= 1 and rows[first]["token_ce"] > 0
+    first, mean = "paper's recipe: no noise", "means subtracted, noise 0.5"
+    arguments = ["--clip", str(bundle), "--run", str(tmp_path / "run"), "--objects", "4",
+                 "--scenes", "40", "--steps", "2", "--vqgan-steps", "2", "--prompts", "3",
+                 "--seeds", "2", "--variants"]
+    copies = [f"copies, {name}" for name in ablations.QUANTISERS]
+    rows = ablations.main([*arguments])["rows"]
+    assert list(rows) == copies
+    assert all(0 < row["codebook_usage"] <= 1 and row["psnr_db"] > 0 for row in rows.values())
+    rows = ablations.main([*arguments, first])["rows"]
+    assert list(rows) == [*copies, f"{first}, seed 0", f"{first}, seed 1"]
+    assert all(0 <= rows[f"{first}, seed {i}"]["object_right_of_texts"] <= 1 for i in (0, 1))
     monkeypatch.setitem(ablations.VARIANTS, first, "--steps nonsense")  # is not trained again
-    rows = ablations.main([*arguments, first, ablations.BASE,
-                           "noise 0.5, embedding reconstruction", "means subtracted, noise 0.5"])
-    assert "noise 0.5, guidance 3" in rows
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == rows
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("| noise 0.5, top_p 0.9, candidates 2 |")
+    result = ablations.main([*arguments, ablations.BASE, mean,
+                             "noise 0.5, embedding reconstruction"])
+    rows, other = result["rows"], list(ablations.QUANTISERS)[1]
+    assert f"{first}, seed 1" in rows and f"{mean}, seed 1" in rows
+    assert list(rows)[-3:] == ["noise 0.5, guidance 3", "noise 0.5, top_p 0.9, candidates 2",
+                               f"noise 0.5, {other}"]
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f"| noise 0.5, {other} |")
+    again = ablations.summary(rows)[mean]
+    assert again["token_ce"] == pytest.approx(
+        sum(rows[f"{mean}, seed {i}"]["token_ce"] for i in (0, 1)) / 2, rel=1e-3)
     with pytest.raises(SystemExit, match="other arguments"):
-        ablations.main([*arguments, first, "--seeds", "2"])
+        ablations.main([*arguments, first, "--steps", "3"])
 
 
 def test_vqgan_clip_draws_nearer_to_the_text_than_where_it_starts(bundle):
