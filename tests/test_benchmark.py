@@ -138,6 +138,13 @@ def test_sample_without_transformers_is_one_sentence(tmp_path, monkeypatch):
                         "--baseline", "transformers", "--candidates", "0"])
 
 
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_device_that_is_not_there_is_one_sentence(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="^--device cuda: .*--device cpu$"):
+        benchmark.main([command, "--device", "cuda"])
+
+
 def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
     gpt = micro_gpt()
     weights = sum(p.nbytes for part in (gpt.blocks, gpt.norm, gpt.head) for p in part.parameters())
