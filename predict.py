@@ -19,6 +19,7 @@ import torch
 from cog import BasePredictor, Input, Path
 
 from clipgen import ClipGen, GeneratedImage
+from clipgen.pipeline import is_out_of_memory
 
 
 class Predictor(BasePredictor):
@@ -106,8 +107,8 @@ class Predictor(BasePredictor):
             warnings.simplefilter("always")
             try:
                 return self.model.generate(**inputs)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if type(error) is RuntimeError and "memory" not in str(error):  # CPU, CUDA capture
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
                     raise
                 # Raised below: within this block the error would keep its tensors alive.
             finally:

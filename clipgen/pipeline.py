@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,12 @@ class GeneratedImage:
     codes: np.ndarray  # int64 (h, w)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, which a CPU, a CUDA capture and cuBLAS say in RuntimeErrors."""
+    told = re.search("(?<!illegal )memory|ALLOC_FAILED", str(error))
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told is not None
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """The GPT's precision: fp32 on CPU; on CUDA bf16 from compute capability 8, fp16 below."""
     if device.type != "cuda":
@@ -54,10 +61,14 @@ class ClipGen:
         self.bundle = replace(bundle, gpt=self.sampler.gpt)
         self.clip, self.gpt, self.vqgan = bundle.clip, self.sampler.gpt, bundle.vqgan
         # The layout that convolutions want: a quarter off the published decoder's time on a CPU.
-        self.vqgan.decoder.to(memory_format=torch.channels_last)
+        # On CUDA GroupNorm knows it not, and would turn every layer's images round twice.
+        if self.clip.device.type == "cpu" or not self.vqgan.config.norm_groups:
+            self.vqgan.decoder.to(memory_format=torch.channels_last)
         # Now, not at the first request.
         self.clip.tokenize([""])
         self.sampler.prepare(self.sampling.top_k, self.sampling.guidance)
+        if self.clip.device.type == "cuda":  # CUDA's libraries load what they run when they run it
+            self.clip.embed_pixels(self.decode(torch.zeros(1, *self.vqgan.code_grid).long()))
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device | None = None,

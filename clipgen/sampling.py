@@ -242,7 +242,9 @@ class StaticBlock(Block):
         temperature, top_p, guidance, limit = self.numbers.unbind()
         self.settings = Settings(temperature, 0, top_p, guidance, limit)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.x.is_cuda else None
+        if self.x.is_cuda:  # memory is shared within one stream alone
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(self.x.device)
 
     def prepare(self, top_k: int) -> None:
         """Capture, where it is not yet done, the steps that any such top_k takes."""
@@ -275,7 +277,7 @@ class StaticBlock(Block):
     def _capture(self, prefix: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.x.device):
-            stream = torch.cuda.Stream()  # a capture wants its warm-up on a side stream
+            stream = self.stream  # a capture wants its warm-up on a side stream
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):

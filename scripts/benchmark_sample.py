@@ -110,6 +110,7 @@ def hugging_face(gpt: GPT) -> Any:
         vocab_size=c.codebook_size, n_positions=c.block_size, n_embd=c.width, n_layer=c.layers,
         n_head=c.heads, activation_function="gelu", tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=None))
+    model.generation_config.disable_compile = True  # on CUDA it would compile by itself
     return model.eval().requires_grad_(False).to(gpt.position)
 
 

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from clipgen import bundle
 from clipgen.clip import CLIP, CLIPConfig
 from clipgen.gpt import GPT, GPTConfig
+from clipgen.pipeline import default_dtype
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import runs, shards, train_gpt
 from scripts.arguments import positive
@@ -195,13 +196,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch", type=positive, default=64, help="images in a step (64)")
     add("--device", choices=("cpu", "cuda"), help="(default: CUDA if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of our autocast (default: bfloat16 on "
-        "CUDA, float32 on a CPU)")
+        "CUDA where it has it, else float32)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile in our step "
         "(default: on CUDA)")
     add("--steps", type=positive, default=20, help=f"timed steps of each way, in {BLOCKS} "
         "blocks or fewer (20)")
     a = p.parse_args(arguments)
     on_cuda = settle(a)
-    a.dtype = a.dtype or ("bfloat16" if on_cuda else "float32")
+    modern = default_dtype(torch.device(a.device)) is torch.bfloat16
+    a.dtype = a.dtype or ("bfloat16" if modern else "float32")
     a.compile = on_cuda if a.compile is None else a.compile
     return a

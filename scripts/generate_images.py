@@ -89,6 +89,7 @@ def generate(args: argparse.Namespace) -> list:
     import torch
 
     from clipgen import ClipGen, TextTruncated, UnknownWords
+    from clipgen.pipeline import is_out_of_memory
 
     number, devices = int((args.device or "").partition(":")[2] or 0), torch.cuda.device_count()
     if args.device not in (None, "cpu") and number >= devices:
@@ -116,8 +117,8 @@ def generate(args: argparse.Namespace) -> list:
             stop(str(error), status=2)
         except FloatingPointError as error:
             stop(str(error), status=1)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if type(error) is RuntimeError and "memory" not in str(error):  # CPU, CUDA capture
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             stop(f"out of memory with --candidates {args.candidates}: try a lower number, or "
                  "--guidance 1, which halves the work", status=1)

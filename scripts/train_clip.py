@@ -122,7 +122,7 @@ class CLIPTraining:
         lines = [self.lines[i] for i in index]
         tokens = torch.stack([self.tokens[c[int(u * len(c))]]
                               for c, u in zip(lines, which, strict=True)])
-        pixels = shift(pixels.float() / 255, moves).to(accelerator.device)
+        pixels = shift(pixels.to(accelerator.device).float() / 255, moves)
         pixels = self.clip.preprocess(pixels).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             image, text, scale = self.wrapped(pixels, tokens.to(accelerator.device))

@@ -57,7 +57,7 @@ PRESETS = {
               "--lr 5e-4 --dtype bfloat16 --workers 14",
         encode="--workers 14",
         gpt="--layers 8 --width 288 --heads 6 --steps 14000 --batch 128 --lr 1e-3 "
-            "--dtype bfloat16 --compile",
+            "--dtype bfloat16",
         decoder="--steps 2000 --batch 64 --dtype bfloat16 --workers 14")}
 
 
@@ -125,9 +125,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     state: dict[str, dict] = json.loads(kept.read_text()) if kept.is_file() else {}
     for name, command in parts(PRESETS[a.preset], run, a.out).items():
         old = state.get(name)
-        if old and old["command"] != command:
-            raise SystemExit(f"{run} holds {name} made by other settings: give another --run")
         if old and old["done"]:
+            if old["command"] != command:
+                raise SystemExit(f"{run} holds {name} made by other settings: give another --run")
             continue
         if time.monotonic() > end:
             raise SystemExit(f"{name} is not begun: the same command goes on")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import predict
 from clipgen.bundle import SamplingDefaults, save_bundle
+from clipgen.pipeline import is_out_of_memory
 from tests.micro import micro_bundle, micro_clip, micro_gpt, micro_vqgan
 from tests.server import ROOT, Server, Sink, data, wait_for
 
@@ -439,6 +440,16 @@ def test_which_bundle_is_served(tmp_path, monkeypatch, capsys):
     predict.Predictor().setup("elsewhere/own")
     assert served == ["weights/emoji", "weights/coco", "elsewhere/own"]
     assert capsys.readouterr().out.splitlines() == [f"Serving the bundle {path}" for path in served]
+
+
+@pytest.mark.parametrize("error, told", [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ..."), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (RuntimeError("The size of tensor a (2) must match"), False)])
+def test_only_what_ran_out_of_memory_is_called_that(error, told):
+    assert is_out_of_memory(error) == told
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
