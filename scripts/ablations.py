@@ -33,6 +33,7 @@ from scripts import encode_images, evaluate, make_bundle, metrics, train_gpt, tr
 from scripts.arguments import number, positive
 from scripts.checkpoints import write_text
 from scripts.judge import draw_labelled, load_judge, share
+from scripts.parts import load_vqgan
 from scripts.prompts import held_out_labels, texts_of
 from scripts.world import OBJECTS
 
@@ -73,7 +74,11 @@ def train_quantiser(name: str, a: argparse.Namespace) -> dict[str, float]:
     encode_images.main([
         f"scenes:{a.scenes},{world}", str(run / "shards"), "--clip", a.clip, "--vqgan",
         str(run / "vqgan"), "--crops", "1", "--held-out", "0.02", *EXACT.split()])
-    return {"psnr_db": scores["psnr_db"], "codebook_usage": scores["codebook_usage"]}
+    vqgan, labels = load_vqgan(run / "vqgan"), held_out_labels(a.prompts, a.objects, 0)
+    copies = torch.cat([vqgan.decode(vqgan.encode(part.float() / 255))
+                        for part in draw_labelled(labels, SIZE, [0, 5]).split(32)])
+    return {"psnr_db": scores["psnr_db"], "codebook_usage": scores["codebook_usage"],
+            "object_right_of_copies": share(load_judge().right(copies, labels)["objects"])}
 
 
 def train(variant: str, quantiser: str, seed: int,
