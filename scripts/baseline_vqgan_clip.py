@@ -97,7 +97,8 @@ def main(arguments: list[str] | None = None) -> dict:
     p.add_argument("--cuts", type=positive, default=8, help="cut-outs in a step (8)")
     p.add_argument("--rate", type=number(float, 1e-6, 10), default=0.1, help="of Adam (0.1)")
     p.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
-    p.add_argument("--sheet", type=Path, metavar="PNG", help="write the images of both of the first 8 texts here")
+    p.add_argument("--sheet", type=Path, metavar="PNG",
+                   help="write the images of both of the first 8 texts here")
     a = p.parse_args(arguments)
     try:
         model, judge = ClipGen.load(a.bundle), load_judge()
