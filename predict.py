@@ -18,8 +18,7 @@ from typing import Any, Optional, get_args
 import torch
 from cog import BasePredictor, Input, Path
 
-from clipgen import ClipGen, GeneratedImage
-from clipgen.pipeline import is_out_of_memory
+from clipgen import ClipGen, GeneratedImage, is_out_of_memory
 
 
 class Predictor(BasePredictor):

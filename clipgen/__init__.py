@@ -1,5 +1,11 @@
 """clipgen: text-to-image models that train from images alone (CLIP-GEN, arXiv 2203.00386)."""
 
-from clipgen.pipeline import ClipGen, GeneratedImage, TextTruncated, UnknownWords
+from clipgen.pipeline import (
+    ClipGen,
+    GeneratedImage,
+    TextTruncated,
+    UnknownWords,
+    is_out_of_memory,
+)
 
-__all__ = ["ClipGen", "GeneratedImage", "TextTruncated", "UnknownWords"]
+__all__ = ["ClipGen", "GeneratedImage", "TextTruncated", "UnknownWords", "is_out_of_memory"]

@@ -88,8 +88,7 @@ def generate(args: argparse.Namespace) -> list:
     """The images, best first; warnings about the text are printed, a line each."""
     import torch
 
-    from clipgen import ClipGen, TextTruncated, UnknownWords
-    from clipgen.pipeline import is_out_of_memory
+    from clipgen import ClipGen, TextTruncated, UnknownWords, is_out_of_memory
 
     number, devices = int((args.device or "").partition(":")[2] or 0), torch.cuda.device_count()
     if args.device not in (None, "cpu") and number >= devices:

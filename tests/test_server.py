@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import predict
+from clipgen import is_out_of_memory
 from clipgen.bundle import SamplingDefaults, save_bundle
-from clipgen.pipeline import is_out_of_memory
 from tests.micro import micro_bundle, micro_clip, micro_gpt, micro_vqgan
 from tests.server import ROOT, Server, Sink, data, wait_for
 
