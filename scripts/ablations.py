@@ -35,6 +35,7 @@ from scripts.checkpoints import write_text
 from scripts.judge import draw_labelled, load_judge, share
 from scripts.parts import load_vqgan
 from scripts.prompts import held_out_labels, texts_of
+from scripts.tables import print_named
 from scripts.world import OBJECTS
 
 QUANTISERS = {  # flags of train_vqgan; the codes of the first are those of all variants
@@ -180,12 +181,7 @@ def main(arguments: list[str] | None = None) -> dict:
             write_text(path, json.dumps({k: float(f"{v:.4g}") for k, v in make().items()}))
         if path.is_file():
             rows[name] = json.loads(path.read_text())
-    shown = summary(rows)
-    columns = list(dict.fromkeys(key for row in shown.values() for key in row))
-    for line in (["", *columns], ["---"] * (1 + len(columns)),
-                 *([name, *(str(row.get(key, "")) for key in columns)]
-                   for name, row in shown.items())):
-        print("|", " | ".join(line), "|")
+    print_named(summary(rows))
     return {"settings": given, "rows": rows}
 
 

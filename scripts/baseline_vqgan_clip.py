@@ -29,6 +29,7 @@ from scripts.arguments import number, positive
 from scripts.judge import Judge, draw_labelled, load_judge, share
 from scripts.prompts import held_out_labels, texts_of
 from scripts.sheet import sheet
+from scripts.tables import print_named
 from scripts.train_gpt import centre
 from scripts.world import Labels
 
@@ -126,10 +127,7 @@ def main(arguments: list[str] | None = None) -> dict:
         results[name] = {k: float(f"{v:.4g}") for k, v in
                          (scores(model, judge, images, texts, labels, real)
                           | results[name]).items()}
-    columns = list(next(iter(results.values())))
-    for row in (["", *columns], ["---"] * (1 + len(columns)),
-                *([name, *map(str, result.values())] for name, result in results.items())):
-        print("|", " | ".join(row), "|")
+    print_named(results)
     if a.sheet:
         cells = [(f"{name}: {texts[i]}", to_image(images[i] / 255))
                  for i in range(min(8, len(texts))) for name, images in made.items()]

@@ -57,6 +57,7 @@ from scripts.judge import load_judge
 from scripts.parts import load_clip
 from scripts.prompts import COCO_TEXTS, read_prompts, world_size
 from scripts.sheet import sheet
+from scripts.tables import print_table
 
 TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks
 AMONG, IN_SHEET = 100, 64  # targets that R@1 chooses from; images on a sheet
@@ -136,8 +137,7 @@ def main(arguments: list[str] | None = None) -> dict:
     except ValueError as error:  # one sentence: what is wrong and what to do
         raise SystemExit(str(error)) from None
     columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
-    for row in (columns.values(), ["---"] * len(columns), [str(result[key]) for key in columns]):
-        print("|", " | ".join(row), "|")
+    print_table([*columns.values()], [[result[key] for key in columns]])
     print(json.dumps(result))
     if result.get("judge_on_renders", 1) < 0.99:
         raise SystemExit("the judge gets fewer than 99 % of new renders right, so its word counts "
