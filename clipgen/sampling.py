@@ -1,4 +1,4 @@
-"""Sampling: embeddings and seeds to codes, one cached GPT step a code, in fixed row blocks."""
+"""Sampling: embeddings and seeds to codes, one cached GPT step a code, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from clipgen.gpt import GPT, KVCache
-from clipgen.packed import packed
+from clipgen.packed import packed, rows_agree
 
 # Matrix products round differently for different row counts.  With one size for every block, an
-# image depends on its own seed alone, not on how many are made beside it.
+# image depends on its own seed alone, not on how many are made beside it.  Where all products are
+# found to agree (`rows_agree`), few images take the smallest block that holds them.
 ROWS = 16
+SIZES = 1, 2, 4, 8, ROWS
 BUCKET = 64  # a captured step reads its cache up to the next multiple of this
 FEW = 128  # of the likeliest codes usually hold what top-p keeps
 SORTED = 1024  # a captured step sorts so many codes for any top-k up to it, else all
@@ -125,12 +127,13 @@ class Sampler:
 
     def __init__(self, gpt: GPT):
         self.gpt = packed(gpt, ROWS)
-        self.blocks: dict[bool, Block] = {}  # by whether they are guided, which doubles the rows
+        self.sizes = SIZES if rows_agree(self.gpt, (*SIZES, 2 * ROWS)) else (ROWS,)
+        self.blocks: dict[tuple[int, bool], Block] = {}
 
     def prepare(self, top_k: int, guidance: float) -> None:
         """Allocate, and on CUDA capture, all that `sample` needs with these settings."""
         with torch.inference_mode():
-            self.block(guidance != 1).prepare(top_k)
+            self.block(ROWS, guidance != 1).prepare(top_k)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
                top_p: float, guidance: float) -> Tensor:
@@ -156,11 +159,11 @@ class Sampler:
         result = torch.empty(len(seeds), config.block_size, dtype=torch.int64)
         with torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
-            block = self.block(guidance != 1)
             for start in range(0, len(seeds), ROWS):
                 own = seeds[start:start + ROWS]
                 e = embeddings[start:start + ROWS]
-                padding = ROWS - len(own)  # rows that repeat the last image, thrown away
+                block = self.block(len(own), guidance != 1)
+                padding = block.rows - len(own)  # rows that repeat the last, thrown away
                 e = torch.cat([e, e[-1:].expand(padding, -1)])
                 block.begin(e, uniforms(own + own[-1:] * padding, config.block_size), settings)
                 for i in range(config.block_size):
@@ -171,24 +174,25 @@ class Sampler:
                 result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 
-    def block(self, guided: bool) -> Block:
-        """The buffers and the step of a full block of rows, kept for the next images."""
-        if guided not in self.blocks:
+    def block(self, images: int, guided: bool) -> Block:
+        """The smallest block that holds so many images, up to ROWS; kept for the next ones."""
+        rows = next(size for size in self.sizes if size >= images)
+        if (rows, guided) not in self.blocks:
             kind = StaticBlock if self.gpt.position.is_cuda else Block
-            self.blocks[guided] = kind(self.gpt, guided)
-        return self.blocks[guided]
+            self.blocks[rows, guided] = kind(self.gpt, rows, guided)
+        return self.blocks[rows, guided]
 
 
 class Block:
-    """ROWS images in the making, and the whole step that adds a code to each."""
+    """`rows` images in the making, and the whole step that adds a code to each."""
 
-    def __init__(self, gpt: GPT, guided: bool):
+    def __init__(self, gpt: GPT, rows: int, guided: bool):
         config, like = gpt.config, gpt.position
-        rows = ROWS * (1 + guided)  # with guidance, the same images without their condition
-        self.gpt, self.guided = gpt, guided
-        self.cache = KVCache(config, rows, like.device, like.dtype)
-        self.x = like.new_zeros(rows, config.width)  # the embedding of the last code
-        self.uniforms = torch.zeros(ROWS, config.block_size, device=like.device)
+        self.gpt, self.rows, self.guided = gpt, rows, guided
+        both = rows * (1 + guided)  # with guidance, the same images without their condition
+        self.cache = KVCache(config, both, like.device, like.dtype)
+        self.x = like.new_zeros(both, config.width)  # the embedding of the last code
+        self.uniforms = torch.zeros(rows, config.block_size, device=like.device)
         self.codes = torch.zeros_like(self.uniforms, dtype=torch.int64)
         self.largest = torch.zeros((), device=like.device)  # of all logits; keeps NaN and infinity
         self.settings = Settings(1.0, 0, 1.0, 1.0)
@@ -197,9 +201,9 @@ class Block:
         """Nothing: there is no graph to capture."""
 
     def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings) -> None:
-        """Start new images: embeddings (ROWS, D), uniforms (ROWS, block_size) in [0, 1)."""
+        """Start new images: embeddings (rows, D), uniforms (rows, block_size) in [0, 1)."""
         if self.guided:
-            embeddings = torch.cat([embeddings, self.gpt.null_embedding.expand(ROWS, -1)])
+            embeddings = torch.cat([embeddings, self.gpt.null_embedding.expand(self.rows, -1)])
         self.x.copy_(self.gpt.condition(embeddings))
         self.uniforms.copy_(uniforms)
         self.cache.position.zero_()
@@ -236,8 +240,8 @@ class StaticBlock(Block):
     instead, which is how it is tested.
     """
 
-    def __init__(self, gpt: GPT, guided: bool):
-        super().__init__(gpt, guided)
+    def __init__(self, gpt: GPT, rows: int, guided: bool):
+        super().__init__(gpt, rows, guided)
         self.numbers = torch.ones(4, device=self.x.device)
         temperature, top_p, guidance, limit = self.numbers.unbind()
         self.settings = Settings(temperature, 0, top_p, guidance, limit)

@@ -68,12 +68,12 @@ def inputs(gpt: GPT, rows: int) -> tuple[Tensor, Tensor]:
 
 def cached(sampler: Sampler, rows: int, steps: int) -> tuple[Callable[[], Any], int]:
     """Our steps as one call, and how many there are."""
-    block = sampler.block(guided=False)
-    block.begin(*inputs(sampler.gpt, ROWS), DRAWN)
+    block = sampler.block(min(rows, ROWS), guided=False)
+    block.begin(*inputs(sampler.gpt, block.rows), DRAWN)
     places = spread(steps, sampler.gpt.config.block_size)
 
     def call() -> None:
-        for _ in range(-(-rows // ROWS)):
+        for _ in range(-(-rows // block.rows)):
             for i in places:
                 block.cache.position.fill_(i)
                 block.advance(i)
@@ -148,15 +148,16 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.numel() / statistics.median(took[1:]) / 1e9
 
 
-def bytes_per_step(config: GPTConfig, each: int, name: str, rows: int) -> float:
+def bytes_per_step(config: GPTConfig, each: int, name: str, rows: int, block: int = 0) -> float:
     """What one step must read, in numbers of `each` bytes: the weights, without the tables it looks
-    codes and places up in, and half the cache, the mean over an image."""
+    codes and places up in, and half the cache, the mean over an image.  Ours takes `rows` in blocks
+    of `block` rows."""
     c = config
     layer = 12 * c.width**2 + 13 * c.width  # matrices; biases and norms
     weights = each * (c.layers * layer + 2 * c.width + (c.width + 1) * c.codebook_size)
     cache = c.layers * c.width * c.block_size * each  # of keys and of values, by half
     if name == "clipgen":
-        return -(-rows // ROWS) * (weights + ROWS * cache)
+        return -(-rows // block) * (weights + block * cache)
     return weights + (rows * cache if name == "transformers" else 0)
 
 
@@ -239,11 +240,13 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     results = []
     for (name, rows), values in took.items():
         each = statistics.median(values)
-        moved = bytes_per_step(gpt.config, gpt.position.element_size(), name, rows) / each / 1e9
+        block = model.sampler.block(min(rows, ROWS), False).rows
+        moved = bytes_per_step(gpt.config, gpt.position.element_size(), name, rows, block)
         results.append({
             "name": name, "rows": rows, "ms_per_step": 1000 * each,
-            "images_per_s": rows / each / gpt.config.block_size, "gb_per_s": moved,
-            "bandwidth_share": moved / copy, "peak_bytes": peaks[name, rows]})
+            "images_per_s": rows / each / gpt.config.block_size,
+            "gb_per_s": moved / each / 1e9, "bandwidth_share": moved / each / 1e9 / copy,
+            "peak_bytes": peaks[name, rows]})
     ours = {x["rows"]: x["ms_per_step"] for x in results if x["name"] == "clipgen"}
     ratios = {name: {x["rows"]: x["ms_per_step"] / ours[x["rows"]] for x in results
                      if x["name"] == name} for name in a.baseline}

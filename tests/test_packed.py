@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipgen import packed as packing
-from clipgen.packed import PackedLinear, packed
+from clipgen.packed import PackedLinear, packed, rows_agree
 from clipgen.sampling import Sampler
 from tests.micro import micro_gpt
 
@@ -62,6 +62,31 @@ def test_only_large_weights_are_packed(monkeypatch):
     monkeypatch.setattr(packing, "PAYS", 4 * 32 * 32)
     kinds = {name: type(module) for name, module in packed(gpt, 8).named_modules()}
     assert kinds["blocks.1.fc2"] is PackedLinear and kinds["blocks.1.proj"] is nn.Linear
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=st.tuples(st.integers(1, 40), st.integers(1, 80)), odd=st.integers(0, 15),
+       seed=st.integers(0, 10**6))
+@torch.inference_mode()
+def test_where_rows_agree_a_row_does_not_depend_on_the_rows_beside_it(shape, odd, seed):
+    torch.manual_seed(seed)
+    outputs, inputs = (16 * n + odd for n in shape)
+    linear = PackedLinear(nn.Linear(inputs, outputs), 16)
+    x = torch.randn(32, inputs)
+    together = linear(x)
+    if rows_agree(linear, (1, 2, 8, 16, 32)):
+        for start, count in (0, 1), (31, 1), (7, 2), (16, 8), (0, 16):
+            assert torch.equal(linear(x[start:start + count]), together[start:start + count])
+
+
+def test_rows_that_do_not_agree_are_noticed(monkeypatch):
+    assert not rows_agree(nn.Linear(4, 4), (1, 2))  # not packed
+    assert not any(rows_agree(PackedLinear(nn.Linear(32, 32, dtype=dtype), 2), (1, 2))
+                   for dtype in DTYPES if dtype is not torch.float32)
+    linear = PackedLinear(nn.Linear(4, 4), 2)
+    real = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: real(self, x) + 1e-6 * len(x))
+    assert not rows_agree(linear, (1, 2))
 
 
 def test_without_the_operators_all_runs_plainly(monkeypatch):

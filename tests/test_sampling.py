@@ -96,7 +96,7 @@ def test_logits_that_are_not_finite_are_an_error():
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_step_needs_no_value_on_the_cpu(guided):
     """What a CUDA graph captures must not look at a tensor; on meta there is nothing to see."""
-    block = StaticBlock(micro_gpt(null_embedding=True).to("meta"), guided)
+    block = StaticBlock(micro_gpt(null_embedding=True).to("meta"), ROWS, guided)
     with torch.no_grad():
         block.begin(torch.zeros(ROWS, 32, device="meta"), torch.zeros(ROWS, 16),
                     Settings(0.7, 5, 0.9, 2.0))
@@ -191,17 +191,28 @@ def test_the_company_of_a_row_changes_nothing_about_it(seed, top_p):
         assert draw(*alone, u[None]) == draw(beside[0][:1], beside[1][:1], u[None])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=20)
 @given(count=st.integers(1, 19), start=st.integers(0, 2**31 - 20), guidance=st.sampled_from([1, 3]),
-       top_k=st.sampled_from([0, 5]))
-def test_an_image_depends_on_its_own_seed_alone(gpt, count, start, guidance, top_k):
+       top_k=st.sampled_from([0, 5]), packed=st.booleans())
+def test_an_image_depends_on_its_own_seed_alone(gpt, count, start, guidance, top_k, packed):
     embeddings = F.normalize(torch.randn(count, 32), dim=1)
     settings_ = PLAIN | {"guidance": guidance, "top_k": top_k}
-    sampler = Sampler(gpt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "PAYS", 0 if packed else 2**40)
+        sampler = Sampler(gpt)
     together = sampler.sample(embeddings, range(start, start + count), **settings_)
     for i in {0, count // 2, count - 1}:
         alone = sampler.sample(embeddings[i:i + 1], [start + i], **settings_)
         assert torch.equal(alone[0], together[i])
+
+
+def test_few_images_take_a_small_block_where_products_of_any_size_agree(gpt, monkeypatch):
+    monkeypatch.setattr(sampling, "rows_agree", lambda *_: True)
+    sampler = Sampler(gpt)
+    assert [sampler.block(n, True).rows for n in (1, 2, 3, 7, 9, 16)] == [1, 2, 4, 8, 16, 16]
+    assert sampler.block(3, False) is sampler.block(4, False) is not sampler.block(4, True)
+    monkeypatch.setattr(sampling, "rows_agree", lambda *_: False)
+    assert Sampler(gpt).block(1, True).rows == ROWS
 
 
 def test_temperature_zero_is_the_argmax_of_the_full_pass(gpt):
