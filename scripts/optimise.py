@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+
+BETAS = 0.9, 0.95
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -25,12 +29,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
+def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimiser, which decays matrices alone, not biases, norms and vectors."""
+    parameters = list(parameters)
+    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+
+
 def adamw(module: nn.Module, peak: float, decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) that decays matrices alone, not biases, norms and vectors."""
+    """AdamW (0.9, 0.95) that decays matrices alone."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
-              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=parameters[0].is_cuda)
+    return torch.optim.AdamW(decay_groups(parameters, decay), lr=peak, betas=BETAS,
+                             fused=parameters[0].is_cuda)
 
 
 class Average:

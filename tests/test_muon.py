@@ -1,0 +1,84 @@
+"""Muon: its steps are orthogonal and as long as AdamW's, and what is no matrix gets AdamW's."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scripts.muon import Muon, muon, orthogonal
+from scripts.optimise import adamw
+from tests.micro import micro_gpt
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from([1e-6, 1, 1e6]),
+       seed=st.integers(0, 10**6))
+def test_singular_values_come_near_1_and_singular_vectors_stay(rows, columns, scale, seed):
+    torch.manual_seed(seed)
+    u, _, v = torch.linalg.svd(torch.randn(2, rows, columns), full_matrices=False)
+    values = 0.05 + torch.rand(2, min(rows, columns))
+    found = u.mT @ orthogonal(scale * u * values[:, None] @ v) @ v.mT
+    new = found.diagonal(dim1=1, dim2=2)
+    assert new.min() > 0.6 and new.max() < 1.3
+    torch.testing.assert_close(found, torch.diag_embed(new), atol=1e-3, rtol=0)
+
+
+def trained(make, steps):
+    """A micro GPT before and after steps along random gradients."""
+    torch.manual_seed(0)
+    gpt = micro_gpt(null_embedding=True).train().requires_grad_(True)
+    before = copy.deepcopy(gpt)
+    optimizer = make(gpt, 1e-3, 0.1)
+    for _ in range(steps):
+        for p in gpt.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return dict(before.named_parameters()), dict(gpt.named_parameters()), optimizer
+
+
+def test_the_matrices_of_the_blocks_get_muon_and_all_else_adamw():
+    before, ours, _ = trained(muon, 3)
+    _, theirs, _ = trained(adamw, 3)
+    for name, p in ours.items():
+        hidden = name.startswith("blocks.") and p.dim() == 2
+        assert torch.equal(p, theirs[name]) != hidden, name
+        assert not torch.equal(p, before[name])
+
+
+def test_a_step_is_orthogonal_in_query_key_and_value_each_and_decays():
+    before, after, _ = trained(muon, 1)
+    for name, parts in ("blocks.0.qkv.weight", 3), ("blocks.1.fc1.weight", 1):
+        move = (0.9999 * before[name] - after[name]).detach() / 1e-3  # decay: 1e-3 * 0.1
+        for part in move.chunk(parts):
+            values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            assert values.min() > 0.5 and values.max() < 1.35
+        assert move.pow(2).mean().sqrt() == pytest.approx(0.2, rel=0.3)  # as AdamW's usually are
+
+
+def test_momentum_makes_the_steps_of_opposite_gradients_cancel():
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = Muon([{"params": [p], "parts": 1, "weight_decay": 0.0}], lr=1.0)
+    gradient = torch.randn(4, 4)
+    moves = []
+    for sign in (1, 1, -1):
+        before = p.detach().clone()
+        p.grad = sign * gradient
+        optimizer.step()
+        moves.append((p - before).flatten() @ gradient.flatten())
+    assert moves[0] < 0 and moves[1] < 0 < moves[2]
+
+
+def test_its_state_goes_on_where_it_was():
+    _, gpt, optimizer = trained(muon, 2)
+    other = micro_gpt(null_embedding=True).requires_grad_(True)
+    other.load_state_dict({k: v.detach().clone() for k, v in gpt.items()}, strict=False)
+    resumed = muon(other, 1e-3, 0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name, p in other.named_parameters():
+        p.grad = torch.randn_like(p)
+        gpt[name].grad = p.grad.clone()
+    optimizer.step()
+    resumed.step()
+    assert all(torch.equal(p, gpt[name]) for name, p in other.named_parameters())
