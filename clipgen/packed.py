@@ -1,15 +1,15 @@
-"""Matrix products of few rows on a CPU, with weights in the order oneDNN reads fastest.
+"""Matrix products of few rows on a CPU: weights in the order that is read fastest, or of 8 bits.
 
 So packed, a row of the product does not depend on the rows beside it, to the last bit, as it does
-with nn.Linear: `rows_agree` looks.  The operators are those that torch.compile's CPU backend uses;
-they are private, so this file alone knows them, and without them everything runs as it does
-elsewhere.  docs/speed.md has the figures.
+with nn.Linear: `rows_agree` looks.  The operators, oneDNN's that torch.compile's CPU backend uses
+and those of torch's quantised modules, are private: this file alone knows them, and without
+oneDNN's everything runs as it does elsewhere.  docs/speed.md has the figures.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,61 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 
 
-def packed(module: nn.Module, rows: int) -> nn.Module:
-    """A copy of `module` whose large nn.Linear are packed; it shares everything else with it.
+class Int8Linear(nn.Module):
+    """An nn.Linear for inference on a CPU whose weights are rounded to 8 bits, with a scale for
+    each output, and whose inputs are, with a scale for each row.
+
+    About 1 % of noise on the result.  Sums of whole numbers are exact: no row depends on others.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        with torch.no_grad():
+            weight = linear.weight.float()
+            scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+            zeros = torch.zeros(len(scales), dtype=torch.int64)
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self._weight = torch.ops.quantized.linear_prepack(rounded, None)
+            self._bias = linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        # Scale and zero point of an unsigned byte: from -1 to 1 are 1 to 255.
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x / largest, 1 / 127, 128, self._weight)
+        return torch.addcmul(self._bias, y, largest)
+
+
+def _check_int8(device: torch.device) -> None:
+    """ValueError, in one sentence, where `Int8Linear` cannot run or would be wrong."""
+    if device.type != "cpu":
+        raise ValueError(f"dtype int8 is for CPUs, got device {device}: leave dtype out")
+    # Older instructions add pairs of products in 16 bits, and what does not fit is cut.
+    if not torch.cpu._is_vnni_supported():
+        raise ValueError("dtype int8 needs a CPU with AVX-512 VNNI instructions, which this one "
+                         "lacks: use float32")
+
+
+def packed(module: nn.Module, rows: int, int8: bool = False) -> nn.Module:
+    """A copy of `module` whose large nn.Linear are packed, or with `int8` all of them rounded; it
+    shares everything else with it.
 
     `module` itself where packing is not possible: on another device than a CPU, in a dtype that
     this CPU's oneDNN lacks, in a torch without the operators.
     """
-    return _copy(module, rows) if _possible(next(module.parameters())) else module
+    if int8:
+        _check_int8(next(module.parameters()).device)
+        return _copy(module, Int8Linear)
+    if not _possible(next(module.parameters())):
+        return module
+    return _copy(module, lambda linear: PackedLinear(linear, rows)
+                 if linear.weight.numel() >= PAYS else linear)
 
 
 @torch.no_grad()
 def rows_agree(module: nn.Module, counts: Sequence[int]) -> bool:
     """Whether the products of `module`, all of them packed, give a row the same numbers, bit by
-    bit, in inputs of any of these counts of rows.
+    bit, in inputs of any of these counts of rows.  With 8 bits they do.
 
     Looks at one weight of each shape, and at float32 alone: short numbers hide what differs.
     """
@@ -71,10 +113,10 @@ def _possible(weight: Tensor) -> bool:
                  or weight.dtype is torch.bfloat16 and ops._is_mkldnn_bf16_supported()))
 
 
-def _copy(module: nn.Module, rows: int) -> nn.Module:
+def _copy(module: nn.Module, pack: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     if isinstance(module, nn.Linear):
-        return PackedLinear(module, rows) if module.weight.numel() >= PAYS else module
-    children = {name: _copy(child, rows) for name, child in module.named_children()}
+        return pack(module)
+    children = {name: _copy(child, pack) for name, child in module.named_children()}
     if all(child is getattr(module, name) for name, child in children.items()):
         return module
     twin = copy.copy(module)

@@ -122,11 +122,12 @@ class Settings(NamedTuple):
 class Sampler:
     """Draws codes from a GPT.  Holds the static buffers and, on CUDA, the captured steps.
 
-    On a CPU `gpt` becomes a copy of the one given, whose large weights are packed.
+    On a CPU `gpt` becomes a copy of the one given, whose large weights are packed, or with `int8`
+    all rounded to 8 bits (ValueError where this machine cannot).
     """
 
-    def __init__(self, gpt: GPT):
-        self.gpt = packed(gpt, ROWS)
+    def __init__(self, gpt: GPT, int8: bool = False):
+        self.gpt = packed(gpt, ROWS, int8)
         self.sizes = SIZES if rows_agree(self.gpt, (*SIZES, 2 * ROWS)) else (ROWS,)
         self.blocks: dict[tuple[int, bool], Block] = {}
 

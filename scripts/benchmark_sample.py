@@ -148,16 +148,17 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.numel() / statistics.median(took[1:]) / 1e9
 
 
-def bytes_per_step(config: GPTConfig, each: int, name: str, rows: int, block: int = 0) -> float:
+def bytes_per_step(config: GPTConfig, each: int, name: str, rows: int, block: int = 0,
+                   int8: bool = False) -> float:
     """What one step must read, in numbers of `each` bytes: the weights, without the tables it looks
     codes and places up in, and half the cache, the mean over an image.  Ours takes `rows` in blocks
-    of `block` rows."""
+    of `block` rows, and with `int8` weights of one byte."""
     c = config
     layer = 12 * c.width**2 + 13 * c.width  # matrices; biases and norms
     weights = each * (c.layers * layer + 2 * c.width + (c.width + 1) * c.codebook_size)
     cache = c.layers * c.width * c.block_size * each  # of keys and of values, by half
     if name == "clipgen":
-        return -(-rows // block) * (weights + block * cache)
+        return -(-rows // block) * (weights / (each if int8 else 1) + block * cache)
     return weights + (rows * cache if name == "transformers" else 0)
 
 
@@ -204,8 +205,9 @@ def time_parts(model: ClipGen, candidates: int, images: int) -> dict[str, float]
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(a.device)
-    own = bundle_of(a.size, device, getattr(torch, a.dtype))
-    model, gpt = ClipGen(own), own.gpt
+    int8 = a.dtype == "int8"  # ours alone: the baselines are float32 then
+    own = bundle_of(a.size, device, torch.float32 if int8 else getattr(torch, a.dtype))
+    model, gpt = ClipGen(own, int8), own.gpt
     del own
     if not a.baseline:
         gpt = model.gpt  # on a CPU the plain weights go
@@ -241,7 +243,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     for (name, rows), values in took.items():
         each = statistics.median(values)
         block = model.sampler.block(min(rows, ROWS), False).rows
-        moved = bytes_per_step(gpt.config, gpt.position.element_size(), name, rows, block)
+        moved = bytes_per_step(gpt.config, gpt.position.element_size(), name, rows, block, int8)
         results.append({
             "name": name, "rows": rows, "ms_per_step": 1000 * each,
             "images_per_s": rows / each / gpt.config.block_size,
@@ -297,8 +299,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "directory (default: published on CUDA, weights/emoji on a CPU)")
     add("--rows", type=counts, default=[1, 8, 16, 64], help="images made at once (1,8,16,64)")
     add("--device", choices=("cpu", "cuda"), help="(default: CUDA if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the GPT (default: what "
-        "suits the device)")
+    add("--dtype", choices=("float32", "bfloat16", "float16", "int8"), help="of the GPT (default: "
+        "what suits the device); int8, on a CPU, is ours alone: the baselines are float32")
     add("--baseline", type=names, action="extend", default=[], help="uncached, transformers, or "
         "both with a comma")
     add("--steps", type=positive, help="steps timed in a round (default: a whole image on CUDA, "

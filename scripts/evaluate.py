@@ -103,6 +103,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=number(int, 0, SEEDS - 1), default=0,
                    help="of the choice of texts and images, and of sampling (0)")
     p.add_argument("--device", type=device, help="cpu, cuda or cuda:N (default: cuda if there)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"),
+                   help="of the GPT (default: what suits the device)")
     p.add_argument("--sheet", type=Path, metavar="PNG",
                    help="write the first 64 images here, with their texts or their originals")
     a = p.parse_args(arguments)
@@ -154,7 +156,7 @@ def evaluate(a: argparse.Namespace) -> dict:
                                         a.seed) if judge else None
     texts = (prompts.texts if prompts else
              read_prompts(a.prompts, a.count, a.seed) if a.condition == "texts" else [])
-    model = ClipGen.load(a.bundle, a.device)
+    model = ClipGen.load(a.bundle, a.device, a.dtype and getattr(torch, a.dtype))
     device, size = model.clip.device, model.vqgan.config.image_size
     known = check_texts(model, texts, world=judge is not None)
     clip, clip_name = scoring_clip(model, a.score_clip)
@@ -195,7 +197,7 @@ def evaluate(a: argparse.Namespace) -> dict:
         "features": network and network.name, "dimensions": network and network.dimensions,
         "resize": network and network.resize, "candidates": a.candidates, **settings,
         "seed": a.seed, "device": str(device),
-        "dtype": str(model.gpt.position.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(time.time() - began, 1),
         "seconds_per_image": float(f"{seconds / len(generated):.3g}")}
     if a.sheet:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipgen import packed as packing
-from clipgen.packed import PackedLinear, packed, rows_agree
+from clipgen.packed import Int8Linear, PackedLinear, packed, rows_agree
 from clipgen.sampling import Sampler
+from tests.marks import NEEDS_INT8
 from tests.micro import micro_gpt
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16)
@@ -97,3 +98,39 @@ def test_without_the_operators_all_runs_plainly(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert packed(gpt, 8) is gpt
     assert torch.equal(Sampler(gpt).sample(*arguments), fast)
+
+
+@NEEDS_INT8
+@settings(deadline=None, max_examples=40)
+@given(shape=st.tuples(st.integers(1, 300), st.integers(1, 300)), rows=st.integers(1, 40),
+       scale=st.sampled_from([1e-20, 1.0, 1e6]), seed=st.integers(0, 10**6))
+@torch.inference_mode()
+def test_int8_products_are_near_and_each_row_for_itself(shape, rows, scale, seed):
+    torch.manual_seed(seed)
+    linear = nn.Linear(*shape)
+    x = scale * torch.randn(rows, 1, shape[0])
+    x[0] = 0
+    ours, exact = Int8Linear(linear)(x), linear(x)
+    # Each of the two roundings is off by at most half of 1/127 of the largest.
+    w, bound = linear.weight.abs(), 0.5 / 127
+    error = bound * (x.abs().sum(-1, keepdim=True) * w.amax(1)
+                     + x.abs().amax(-1, keepdim=True) * w.sum(1) * 1.01)
+    assert ((ours - exact).abs() <= error + 1e-5 * exact.abs() + 1e-6).all()
+    for i in {0, rows // 2, rows - 1}:
+        assert torch.equal(Int8Linear(linear)(x[i:i + 1])[0], ours[i])
+
+
+@NEEDS_INT8
+def test_with_int8_every_weight_is_rounded_and_small_blocks_do():
+    sampler = Sampler(micro_gpt(), int8=True)
+    kinds = [type(module) for module in sampler.gpt.modules()]
+    assert Int8Linear in kinds and nn.Linear not in kinds and PackedLinear not in kinds
+    assert sampler.sizes[0] == 1
+
+
+def test_int8_where_it_cannot_be_is_one_sentence(monkeypatch):
+    with pytest.raises(ValueError, match="^dtype int8 is for CPUs, got device meta"):
+        packed(micro_gpt().to("meta"), 8, int8=True)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(ValueError, match="^dtype int8 needs a CPU with .* use float32$"):
+        packed(micro_gpt(), 8, int8=True)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from clipgen import ClipGen, TextTruncated, UnknownWords
 from clipgen.bundle import SamplingDefaults
+from tests.marks import NEEDS_INT8
 from tests.micro import micro_bundle
 
 TEXT = "a cat on the beach"
@@ -104,9 +105,11 @@ def test_seeds_wrap_and_whole_floats_count(model):
     assert torch.equal(model.sample(e, [2**31 + 3]), model.sample(e, [3.0], top_k=20.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16,
+                                   pytest.param(torch.int8, marks=NEEDS_INT8)])
 def test_the_parts_compose(model, dtype):
     other = ClipGen.load(model.bundle.directory, dtype=dtype)
+    assert other.dtype is dtype
     e = other.clip.embed_texts([TEXT, "night"])
     codes = other.sample(e, [0, 1])
     assert other.gpt(e, codes.flatten(1)[:, :-1]).shape == (2, 16, 64)

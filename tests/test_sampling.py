@@ -20,6 +20,7 @@ from clipgen.sampling import (
     filter_logits,
     uniforms,
 )
+from tests.marks import INT8, NEEDS_INT8
 from tests.micro import micro_gpt
 
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
@@ -85,12 +86,14 @@ def test_the_smallest_temperatures_are_the_argmax(temperature):
     assert draw(probabilities, codes, torch.tensor([0.99])).item() == 1
 
 
-def test_logits_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=NEEDS_INT8)])
+@pytest.mark.parametrize("part", ["head", "blocks.0.norm1"])
+def test_logits_that_are_not_finite_are_an_error(part, int8):
     gpt = micro_gpt()
     with torch.no_grad():
-        gpt.head.bias[3] = float("nan")
+        gpt.get_submodule(part).bias[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite.* use float32"):
-        Sampler(gpt).sample(torch.zeros(1, 32), [0], **PLAIN)
+        Sampler(gpt, int8).sample(torch.zeros(1, 32), [0], **PLAIN)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -193,13 +196,14 @@ def test_the_company_of_a_row_changes_nothing_about_it(seed, top_p):
 
 @settings(deadline=None, max_examples=20)
 @given(count=st.integers(1, 19), start=st.integers(0, 2**31 - 20), guidance=st.sampled_from([1, 3]),
-       top_k=st.sampled_from([0, 5]), packed=st.booleans())
-def test_an_image_depends_on_its_own_seed_alone(gpt, count, start, guidance, top_k, packed):
+       top_k=st.sampled_from([0, 5]),
+       kind=st.sampled_from(["plain", "packed", *(["int8"] if INT8 else [])]))
+def test_an_image_depends_on_its_own_seed_alone(gpt, count, start, guidance, top_k, kind):
     embeddings = F.normalize(torch.randn(count, 32), dim=1)
     settings_ = PLAIN | {"guidance": guidance, "top_k": top_k}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PAYS", 0 if packed else 2**40)
-        sampler = Sampler(gpt)
+        patch.setattr(packing, "PAYS", 0 if kind == "packed" else 2**40)
+        sampler = Sampler(gpt, int8=kind == "int8")
     together = sampler.sample(embeddings, range(start, start + count), **settings_)
     for i in {0, count // 2, count - 1}:
         alone = sampler.sample(embeddings[i:i + 1], [start + i], **settings_)
