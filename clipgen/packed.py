@@ -1,6 +1,6 @@
 """Matrix products of few rows on a CPU: weights in the order that is read fastest, or of 8 bits.
 
-So packed, a row of the product does not depend on the rows beside it, to the last bit, as it does
+So packed, a row of the product need not depend on the rows beside it, to the last bit, as it does
 with nn.Linear: `rows_agree` looks.  The operators, oneDNN's that torch.compile's CPU backend uses
 and those of torch's quantised modules, are private: this file alone knows them, and without
 oneDNN's everything runs as it does elsewhere.  docs/speed.md has the figures.
@@ -38,7 +38,8 @@ class Int8Linear(nn.Module):
     """An nn.Linear for inference on a CPU whose weights are rounded to 8 bits, with a scale for
     each output, and whose inputs are, with a scale for each row.
 
-    About 1 % of noise on the result.  Sums of whole numbers are exact: no row depends on others.
+    About 1 % of noise on the result where no input is far larger than the others of its row.  Sums
+    of whole numbers are exact: no row depends on others.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -47,8 +48,8 @@ class Int8Linear(nn.Module):
             weight = linear.weight.float()
             scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
             zeros = torch.zeros(len(scales), dtype=torch.int64)
-            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-            self._weight = torch.ops.quantized.linear_prepack(rounded, None)
+            bytes_ = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+            self._weight = torch.ops.quantized.linear_prepack(bytes_, None)
             self._bias = linear.bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,23 +63,29 @@ class Int8Linear(nn.Module):
 def _check_int8(device: torch.device) -> None:
     """ValueError, in one sentence, where `Int8Linear` cannot run or would be wrong."""
     if device.type != "cpu":
-        raise ValueError(f"dtype int8 is for CPUs, got device {device}: leave dtype out")
+        raise ValueError(f"dtype int8 is for CPUs, got device {device}: give device cpu, or leave "
+                         "dtype out")
     # Older instructions add pairs of products in 16 bits, and what does not fit is cut.
     if not torch.cpu._is_vnni_supported():
         raise ValueError("dtype int8 needs a CPU with AVX-512 VNNI instructions, which this one "
                          "lacks: use float32")
 
 
-def packed(module: nn.Module, rows: int, int8: bool = False) -> nn.Module:
-    """A copy of `module` whose large nn.Linear are packed, or with `int8` all of them rounded; it
-    shares everything else with it.
+def rounded(module: nn.Module) -> nn.Module:
+    """A copy of a float32 `module` whose nn.Linear are `Int8Linear`; it shares all else with it.
+
+    ValueError where they cannot run or would be wrong.
+    """
+    _check_int8(next(module.parameters()).device)
+    return _copy(module, Int8Linear)
+
+
+def packed(module: nn.Module, rows: int) -> nn.Module:
+    """A copy of `module` whose large nn.Linear are packed; it shares everything else with it.
 
     `module` itself where packing is not possible: on another device than a CPU, in a dtype that
     this CPU's oneDNN lacks, in a torch without the operators.
     """
-    if int8:
-        _check_int8(next(module.parameters()).device)
-        return _copy(module, Int8Linear)
     if not _possible(next(module.parameters())):
         return module
     return _copy(module, lambda linear: PackedLinear(linear, rows)
@@ -87,10 +94,11 @@ def packed(module: nn.Module, rows: int, int8: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def rows_agree(module: nn.Module, counts: Sequence[int]) -> bool:
-    """Whether the products of `module`, all of them packed, give a row the same numbers, bit by
+    """Whether the weights of `module`, all of them packed, give a row the same products, bit by
     bit, in inputs of any of these counts of rows.  With 8 bits they do.
 
-    Looks at one weight of each shape, and at float32 alone: short numbers hide what differs.
+    Looks at one weight of each shape, at this number of threads, and at float32 alone: short
+    numbers hide what differs.
     """
     parts = list(module.modules())
     if any(isinstance(part, nn.Linear)

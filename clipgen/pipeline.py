@@ -17,7 +17,7 @@ from torch import Tensor
 from clipgen.bundle import Bundle, load_bundle
 from clipgen.sampling import SEEDS, Sampler, whole
 
-DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed, as the sampler's: pixels must not depend on company
+DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed: pixels must not depend on the images beside them
 
 
 class TextTruncated(UserWarning):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipgen.gpt import GPT, KVCache
-from clipgen.packed import packed, rows_agree
+from clipgen.packed import packed, rounded, rows_agree
 
 # Matrix products round differently for different row counts.  With one size for every block, an
 # image depends on its own seed alone, not on how many are made beside it.  Where all products are
@@ -123,16 +123,16 @@ class Sampler:
     """Draws codes from a GPT.  Holds the static buffers and, on CUDA, the captured steps.
 
     On a CPU `gpt` becomes a copy of the one given, whose large weights are packed, or with `int8`
-    all rounded to 8 bits (ValueError where this machine cannot).
+    all rounded to 8 bits (from float32; ValueError where this machine cannot).
     """
 
     def __init__(self, gpt: GPT, int8: bool = False):
-        self.gpt = packed(gpt, ROWS, int8)
+        self.gpt = rounded(gpt) if int8 else packed(gpt, ROWS)
         self.sizes = SIZES if rows_agree(self.gpt, (*SIZES, 2 * ROWS)) else (ROWS,)
-        self.blocks: dict[tuple[int, bool], Block] = {}
+        self.blocks: dict[bool, Block] = {}  # by whether they are guided, which doubles the rows
 
     def prepare(self, top_k: int, guidance: float) -> None:
-        """Allocate, and on CUDA capture, all that `sample` needs with these settings."""
+        """Allocate, and on CUDA capture, what `sample` needs for ROWS images or more so drawn."""
         with torch.inference_mode():
             self.block(ROWS, guidance != 1).prepare(top_k)
 
@@ -176,12 +176,12 @@ class Sampler:
         return result
 
     def block(self, images: int, guided: bool) -> Block:
-        """The smallest block that holds so many images, up to ROWS; kept for the next ones."""
+        """The smallest block that holds so many images, up to ROWS; the last one is kept."""
         rows = next(size for size in self.sizes if size >= images)
-        if (rows, guided) not in self.blocks:
+        if guided not in self.blocks or self.blocks[guided].rows != rows:
             kind = StaticBlock if self.gpt.position.is_cuda else Block
-            self.blocks[rows, guided] = kind(self.gpt, rows, guided)
-        return self.blocks[rows, guided]
+            self.blocks[guided] = kind(self.gpt, rows, guided)
+        return self.blocks[guided]
 
 
 class Block:

@@ -3,7 +3,7 @@
     python -m scripts.benchmark sample --weights weights/emoji
     python -m scripts.benchmark sample --size published --rows 1,16 --baseline uncached,transformers
 
-clipgen       the step of `clipgen.sampling`; rows that pad its fixed block cost time and count not
+clipgen       the step of `clipgen.sampling`; rows that pad a block cost time and count not
 uncached      the public algorithm: at every step a full pass over all that is there so far, with
               the same block and kernels (F.linear, SDPA) and the head on every position; too slow
               to run whole, so it is timed at 4 steps spread evenly over the image
@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from clipgen import ClipGen, bundle
 from clipgen.clip import CLIP, CLIPConfig
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.pipeline import default_dtype, to_image
-from clipgen.sampling import ROWS, Sampler, Settings, draw, filter_logits, uniforms
+from clipgen.sampling import ROWS, Block, Sampler, Settings, draw, filter_logits, uniforms
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.arguments import positive, whole
 from scripts.benchmark import settle
@@ -66,14 +66,20 @@ def inputs(gpt: GPT, rows: int) -> tuple[Tensor, Tensor]:
     return embeddings.to(gpt.position), uniforms(range(rows), gpt.config.block_size)
 
 
+def blocks(sampler: Sampler, rows: int) -> list[Block]:
+    """Those that so many images take."""
+    return [sampler.block(min(ROWS, rows - start), guided=False) for start in range(0, rows, ROWS)]
+
+
 def cached(sampler: Sampler, rows: int, steps: int) -> tuple[Callable[[], Any], int]:
     """Our steps as one call, and how many there are."""
-    block = sampler.block(min(rows, ROWS), guided=False)
-    block.begin(*inputs(sampler.gpt, block.rows), DRAWN)
+    taken = blocks(sampler, rows)
+    for block in {*taken}:
+        block.begin(*inputs(sampler.gpt, block.rows), DRAWN)
     places = spread(steps, sampler.gpt.config.block_size)
 
     def call() -> None:
-        for _ in range(-(-rows // block.rows)):
+        for block in taken:
             for i in places:
                 block.cache.position.fill_(i)
                 block.advance(i)
@@ -148,18 +154,16 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.numel() / statistics.median(took[1:]) / 1e9
 
 
-def bytes_per_step(config: GPTConfig, each: int, name: str, rows: int, block: int = 0,
-                   int8: bool = False) -> float:
-    """What one step must read, in numbers of `each` bytes: the weights, without the tables it looks
-    codes and places up in, and half the cache, the mean over an image.  Ours takes `rows` in blocks
-    of `block` rows, and with `int8` weights of one byte."""
+def bytes_per_step(config: GPTConfig, each: int, passes: Sequence[int], int8: bool = False
+                   ) -> float:
+    """What one step must read, in numbers of `each` bytes: for every pass the weights (one byte
+    each with `int8`), without the tables it looks codes and places up in, and half the cache of so
+    many rows, the mean over an image."""
     c = config
     layer = 12 * c.width**2 + 13 * c.width  # matrices; biases and norms
     weights = each * (c.layers * layer + 2 * c.width + (c.width + 1) * c.codebook_size)
     cache = c.layers * c.width * c.block_size * each  # of keys and of values, by half
-    if name == "clipgen":
-        return -(-rows // block) * (weights / (each if int8 else 1) + block * cache)
-    return weights + (rows * cache if name == "transformers" else 0)
+    return sum(weights / (each if int8 else 1) + rows * cache for rows in passes)
 
 
 def bundle_of(size: str, device: torch.device, dtype: torch.dtype) -> bundle.Bundle:
@@ -242,8 +246,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     results = []
     for (name, rows), values in took.items():
         each = statistics.median(values)
-        block = model.sampler.block(min(rows, ROWS), False).rows
-        moved = bytes_per_step(gpt.config, gpt.position.element_size(), name, rows, block, int8)
+        passes = {"clipgen": [block.rows for block in blocks(model.sampler, rows)],
+                  "transformers": [rows], "uncached": [0]}[name]
+        moved = bytes_per_step(gpt.config, gpt.position.element_size(), passes,
+                               int8 and name == "clipgen")
         results.append({
             "name": name, "rows": rows, "ms_per_step": 1000 * each,
             "images_per_s": rows / each / gpt.config.block_size,

@@ -13,12 +13,12 @@ from clipgen.pipeline import default_dtype
 from scripts.optimise import BETAS, decay_groups
 
 MOMENTUM = 0.95
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of a quintic that moves all of (0, 1] near 1 in five steps
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a quintic that takes 0.0015 to 1 near 1 in five steps
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, rows, columns) with their singular values moved near 1: from 0.6 to 1.3, but
-    for those below a thousandth of the matrix's length.  Five Newton-Schulz steps."""
+    """Matrices (B, rows, columns) with their singular values moved near 1, to 0.68 to 1.2, but for
+    those below 0.0015 of the matrix's length.  Five Newton-Schulz steps."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

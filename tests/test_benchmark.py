@@ -1,5 +1,6 @@
 """What `scripts.benchmark` prints, and that what it counts and compares is what it says."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import bundle
 from clipgen.gpt import KVCache
-from clipgen.sampling import Sampler
 from scripts import benchmark, benchmark_sample, benchmark_train, shards
 from scripts.train_gpt import operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
@@ -124,11 +124,9 @@ def test_sample_prints_every_way_and_all_parts(tmp_path):
     ours, ours_17, uncached, _ = data["results"]
     ratio = uncached["ms_per_step"] / ours["ms_per_step"]
     assert data["ratios"]["uncached"]["1"] == pytest.approx(ratio)
-    # One row may have a block of its own, or stand in a padded one; 17 take two blocks of 16.
-    config, own = micro_gpt().config, Sampler(micro_gpt()).block(1, False).rows
-    for x, expected in (ours, own), (ours_17, 16):
-        moved = benchmark_sample.bytes_per_step(config, 4, "clipgen", x["rows"], expected)
-        assert x["gb_per_s"] * x["ms_per_step"] == pytest.approx(moved / 1e6)
+    # One row in a padded block moves what 16 do; 17 take two blocks.
+    moved = [x["gb_per_s"] * x["ms_per_step"] for x in (ours, ours_17)]
+    assert moved[1] == pytest.approx(2 * moved[0])
     assert list(data["parts"]) == ["text", "sampling", "decoding", "ranking", "saving"]
     assert (data["candidates"], data["images"]) == (3, 3)
     assert f"{ratio:.2f} x" in result.stderr
@@ -151,11 +149,11 @@ def test_a_device_that_is_not_there_is_one_sentence(command, monkeypatch):
 def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
     gpt = micro_gpt()
     weights = sum(p.nbytes for part in (gpt.blocks, gpt.norm, gpt.head) for p in part.parameters())
-    assert benchmark_sample.bytes_per_step(gpt.config, 4, "uncached", 8) == weights
+    moved = functools.partial(benchmark_sample.bytes_per_step, gpt.config, 4)
+    assert moved([0]) == weights and moved([0], int8=True) == weights / 4
     cache = KVCache(gpt.config, 8, torch.device("cpu"), torch.float32).store.nbytes
-    assert benchmark_sample.bytes_per_step(gpt.config, 4, "transformers", 8) == weights + cache / 2
-    ours = benchmark_sample.bytes_per_step(gpt.config, 4, "clipgen", 9, 8)
-    assert ours == 2 * (weights + cache / 2)
+    assert moved([8]) == weights + cache / 2
+    assert moved([8, 16]) == 2 * weights + 3 * cache / 2
 
 
 @pytest.mark.parametrize("steps, length", [(4, 256), (16, 16), (99, 16), (1, 7)])

@@ -16,6 +16,7 @@ from PIL import Image
 
 from clipgen.bundle import SamplingDefaults
 from scripts import generate_images
+from tests.marks import NEEDS_INT8
 from tests.micro import micro_bundle
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,7 @@ def test_without_a_seed_every_run_differs(generate):
 @pytest.mark.parametrize("arguments", [
     ("--temperature", "0"), ("--temperature", "4"), ("--top-k", "1"), ("--top-p", "0.2"),
     ("--guidance", "3"), ("--dtype", "bfloat16"),
+    pytest.param(("--dtype", "int8"), marks=NEEDS_INT8),
 ], ids=" ".join)
 def test_each_setting_reaches_the_model(generate, arguments):
     plain = ("--num", "2", "--candidates", "2", "--seed", "1", "--temperature", "1", "--top-k", "0",

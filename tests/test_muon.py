@@ -18,10 +18,11 @@ from tests.micro import micro_gpt
 def test_singular_values_come_near_1_and_singular_vectors_stay(rows, columns, scale, seed):
     torch.manual_seed(seed)
     u, _, v = torch.linalg.svd(torch.randn(2, rows, columns), full_matrices=False)
-    values = 0.05 + torch.rand(2, min(rows, columns))
+    values = torch.rand(2, min(rows, columns))
+    values = values.clamp(min=0.0016 * values.norm(dim=1).max())
     found = u.mT @ orthogonal(scale * u * values[:, None] @ v) @ v.mT
     new = found.diagonal(dim1=1, dim2=2)
-    assert new.min() > 0.6 and new.max() < 1.3
+    assert new.min() > 0.67 and new.max() < 1.21
     torch.testing.assert_close(found, torch.diag_embed(new), atol=1e-3, rtol=0)
 
 
@@ -57,17 +58,18 @@ def test_a_step_is_orthogonal_in_query_key_and_value_each_and_decays():
         assert move.pow(2).mean().sqrt() == pytest.approx(0.2, rel=0.3)  # as AdamW's usually are
 
 
-def test_momentum_makes_the_steps_of_opposite_gradients_cancel():
+def test_momentum_carries_a_step_past_one_opposite_gradient():
+    torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(4, 4))
     optimizer = Muon([{"params": [p], "parts": 1, "weight_decay": 0.0}], lr=1.0)
     gradient = torch.randn(4, 4)
     moves = []
-    for sign in (1, 1, -1):
+    for sign in (1, 1, 1, -1):
         before = p.detach().clone()
         p.grad = sign * gradient
         optimizer.step()
         moves.append((p - before).flatten() @ gradient.flatten())
-    assert moves[0] < 0 and moves[1] < 0 < moves[2]
+    assert max(moves) < 0
 
 
 def test_its_state_goes_on_where_it_was():

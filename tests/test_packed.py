@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipgen import packed as packing
-from clipgen.packed import Int8Linear, PackedLinear, packed, rows_agree
+from clipgen.packed import Int8Linear, PackedLinear, packed, rounded, rows_agree
 from clipgen.sampling import Sampler
 from tests.marks import NEEDS_INT8
 from tests.micro import micro_gpt
@@ -130,7 +130,7 @@ def test_with_int8_every_weight_is_rounded_and_small_blocks_do():
 
 def test_int8_where_it_cannot_be_is_one_sentence(monkeypatch):
     with pytest.raises(ValueError, match="^dtype int8 is for CPUs, got device meta"):
-        packed(micro_gpt().to("meta"), 8, int8=True)
+        rounded(micro_gpt().to("meta"))
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(ValueError, match="^dtype int8 needs a CPU with .* use float32$"):
-        packed(micro_gpt(), 8, int8=True)
+        rounded(micro_gpt())

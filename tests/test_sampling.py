@@ -215,6 +215,9 @@ def test_few_images_take_a_small_block_where_products_of_any_size_agree(gpt, mon
     sampler = Sampler(gpt)
     assert [sampler.block(n, True).rows for n in (1, 2, 3, 7, 9, 16)] == [1, 2, 4, 8, 16, 16]
     assert sampler.block(3, False) is sampler.block(4, False) is not sampler.block(4, True)
+    small = sampler.block(1, False)
+    assert small is sampler.block(1, False) is not sampler.block(2, False)
+    assert len(sampler.blocks) == 2  # a cache is large: the last one alone is kept
     monkeypatch.setattr(sampling, "rows_agree", lambda *_: False)
     assert Sampler(gpt).block(1, True).rows == ROWS
 
