@@ -46,6 +46,7 @@ VARIANTS = {  # flags of train_gpt
     "noise 0.25": "--noise 0.25",
     "noise 0.5": "--noise 0.5",
     "noise 1": "--noise 1",
+    "noise 0.5, Muon": "--noise 0.5 --optimizer muon",
     "means subtracted, no noise": "--noise 0 --subtract-means",
     "means subtracted, noise 0.5": "--noise 0.5 --subtract-means",
     "noise 0.5, embedding reconstruction": "--noise 0.5 --reconstruction 0.1"}

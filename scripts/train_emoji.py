@@ -44,11 +44,12 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "objects=40,size=64", 120_000,
+        "objects=40,size=64", 160_000,
         clip="--size 64 --steps 700 --batch 128",
         vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
-        encode="--limit 80000",
-        gpt="--layers 6 --width 192 --heads 6 --steps 6300 --batch 32 --lr 2e-3",
+        encode="--limit 120000",
+        gpt="--layers 6 --width 192 --heads 6 --steps 11100 --batch 32 --lr 1.5e-3 "
+            "--optimizer muon",
         decoder="--steps 500 --batch 8 --gan 0"),
     "gpu": Preset(
         "size=128", 400_000,
