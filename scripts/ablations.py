@@ -4,14 +4,14 @@
         [--vqgan-steps 1500] [--seeds 1] [--prompts 200] [--variants NAME ...]
 
 Trains a VQGAN for each of QUANTISERS on scenes of a small world, 8 x 8 codes an image; on the codes
-of the first, a GPT for each of VARIANTS and each seed; on those of the others, one GPT like BASE.
+of the first, a GPT for each of VARIANTS and each seed; on those of the others, GPTs like BASE.
 The judge looks at what the GPTs make of texts and of images, both about pairs of object and place
-that no training showed.  The GPT of BASE is then sampled with each of SAMPLING.
+that no training showed.  The first GPT of BASE is then sampled with each of SAMPLING.
 
-Rerun, it goes on; seconds of training are those of the last start.  Once the quantisers are there,
-several processes may do different --variants in the same --run at the same time.  The table has
-all rows made so far, in Markdown; the last line of stdout is JSON.  Fréchet distances of no more
-texts than the judge has dimensions are mostly bias.
+Rerun, it goes on, also to more --seeds; seconds of training are those of the last start.  Once the
+quantisers are there, several processes may do different --variants in the same --run at the same
+time.  The table has the means of all rows made so far, in Markdown; the last line of stdout is
+JSON.  Fréchet distances of no more texts than the judge has dimensions are mostly bias.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def tasks(a: argparse.Namespace) -> dict[str, tuple[str | None, Callable[[], dic
         settings = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
         rows[f"{BASE}, {settings}"] = BASE, partial(sampled, sampling)
     for name in others:
-        rows[f"{BASE}, {name}"] = BASE, partial(trained, BASE, name, 0)
+        for seed in range(a.seeds):
+            rows[f"{BASE}, {name}, seed {seed}"] = BASE, partial(trained, BASE, name, seed)
     return rows
 
 
@@ -149,7 +150,7 @@ def summary(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     for name, row in rows.items():
         groups.setdefault(re.sub(", seed [0-9]+$", "", name), []).append(row)
     return {name: {k: float(f"{mean(row[k] for row in group):.4g}") for k in group[0]}
-            for name, group in groups.items()}
+            | {"rows": len(group)} for name, group in groups.items()}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> dict:
         raise SystemExit(f"--objects {a.objects}: the judge knows {known}")
     kept, settings = a.run / "rows", a.run / "settings.json"
     kept.mkdir(parents=True, exist_ok=True)
-    given = {k: str(v) for k, v in vars(a).items() if k not in ("run", "variants")}
+    given = {k: str(v) for k, v in vars(a).items() if k not in ("run", "variants", "seeds")}
     if settings.is_file() and json.loads(settings.read_text()) != given:
         raise SystemExit(f"{a.run} holds ablations with other arguments: give another --run")
     write_text(settings, json.dumps(given, indent=1))

@@ -27,11 +27,14 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
     first, mean = "paper's recipe: no noise", "means subtracted, noise 0.5"
     arguments = ["--clip", str(bundle), "--run", str(tmp_path / "run"), "--objects", "4",
                  "--scenes", "40", "--steps", "2", "--vqgan-steps", "2", "--prompts", "3",
-                 "--seeds", "2", "--variants"]
+                 "--variants"]
     copies = [f"copies, {name}" for name in ablations.QUANTISERS]
     rows = ablations.main([*arguments])["rows"]
     assert list(rows) == copies
     assert all(0 < row["codebook_usage"] <= 1 and row["psnr_db"] > 0 for row in rows.values())
+    rows = ablations.main([*arguments, first])["rows"]
+    assert list(rows) == [*copies, f"{first}, seed 0"]
+    arguments = [*arguments[:-1], "--seeds", "2", "--variants"]
     rows = ablations.main([*arguments, first])["rows"]
     assert list(rows) == [*copies, f"{first}, seed 0", f"{first}, seed 1"]
     assert all(0 <= rows[f"{first}, seed {i}"]["object_right_of_texts"] <= 1 for i in (0, 1))
@@ -40,12 +43,12 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
                              "noise 0.5, embedding reconstruction"])
     rows, other = result["rows"], list(ablations.QUANTISERS)[1]
     assert f"{first}, seed 1" in rows and f"{mean}, seed 1" in rows
-    assert list(rows)[-3:] == ["noise 0.5, guidance 3", "noise 0.5, top_p 0.9, candidates 2",
-                               f"noise 0.5, {other}"]
+    assert list(rows)[-4:] == ["noise 0.5, guidance 3", "noise 0.5, top_p 0.9, candidates 2",
+                               *(f"noise 0.5, {other}, seed {i}" for i in (0, 1))]
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith(f"| noise 0.5, {other} |")
     again = ablations.summary(rows)[mean]
-    assert again["token_ce"] == pytest.approx(
+    assert again["rows"] == 2 and again["token_ce"] == pytest.approx(
         sum(rows[f"{mean}, seed {i}"]["token_ce"] for i in (0, 1)) / 2, rel=1e-3)
     with pytest.raises(SystemExit, match="other arguments"):
         ablations.main([*arguments, first, "--steps", "3"])

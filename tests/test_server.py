@@ -294,11 +294,11 @@ def test_respond_async_reports_to_the_webhook(server):
         status, response = server.post(body, headers)
         assert status == 202 and response["status"] in ("starting", "processing")
 
-        def last():
-            report = json.loads(sink.requests[-1][2]) if sink.requests else {"status": None}
-            return report["status"] == "succeeded" and report
+        def succeeded():  # Cog sends reports side by side: "processing" may arrive after it
+            reports = [json.loads(body) for _, _, body in list(sink.requests)]
+            return next((r for r in reports if r["status"] == "succeeded"), None)
 
-        report = wait_for(last, 120, "the last report to the webhook")
+        report = wait_for(succeeded, 120, "the last report to the webhook")
     assert report["id"] == "later" and "Using seed: 3" in report["logs"]
     wait_for(lambda: server.health()["status"] == "READY", 5, "the end of the prediction")
     assert [data(url) for url in report["output"]] == server.files(text=TEXT, seed=3)
