@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import bundle
 from clipgen.gpt import KVCache
+from clipgen.sampling import SIZES, Sampler
 from scripts import benchmark, benchmark_sample, benchmark_train, shards
 from scripts.train_gpt import operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
@@ -154,6 +155,13 @@ def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
     cache = KVCache(gpt.config, 8, torch.device("cpu"), torch.float32).store.nbytes
     assert moved([8]) == weights + cache / 2
     assert moved([8, 16]) == 2 * weights + 3 * cache / 2
+
+
+@pytest.mark.parametrize("rows, taken", [(1, [1]), (16, [16]), (18, [16, 2]), (37, [16, 16, 8])])
+def test_rows_take_the_blocks_that_a_request_takes(rows, taken):
+    sampler = Sampler(micro_gpt())
+    sampler.sizes = SIZES
+    assert [block.rows for block in benchmark_sample.blocks(sampler, rows)] == taken
 
 
 @pytest.mark.parametrize("steps, length", [(4, 256), (16, 16), (99, 16), (1, 7)])
