@@ -48,8 +48,7 @@ PRESETS = {
         clip="--size 64 --steps 700 --batch 128",
         vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
         encode="--limit 120000",
-        gpt="--layers 6 --width 192 --heads 6 --steps 11100 --batch 32 --lr 1.5e-3 "
-            "--optimizer muon",
+        gpt="--layers 6 --width 192 --heads 6 --steps 11100 --batch 32 --lr 1.5e-3",
         decoder="--steps 500 --batch 8 --gan 0"),
     "gpu": Preset(
         "size=128", 400_000,

@@ -20,7 +20,8 @@ def bundle(tmp_path, monkeypatch):
 
 
 def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablations, "GPT", "--layers 1 --width 16 --heads 2 --batch 4")
+    monkeypatch.setattr(ablations, "GPT", "--layers 1 --width 16 --heads 2 --batch 4 "
+                        "--optimizer adamw")
     monkeypatch.setattr(ablations, "VQGAN", "--size 64 --channels 4,4,8,8 --codebook-size 32 "
                         "--batch 4 --gan 0")
     monkeypatch.setattr(ablations, "SAMPLING", [{"guidance": 3}, {"top_p": 0.9, "candidates": 2}])
