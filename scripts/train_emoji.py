@@ -49,7 +49,7 @@ PRESETS = {
         vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
         encode="--limit 120000",
         gpt="--layers 6 --width 192 --heads 6 --steps 11100 --batch 32 --lr 1.5e-3",
-        decoder="--steps 500 --batch 8 --gan 0"),
+        decoder="--steps 8200 --batch 8 --gan-start 0.3"),
     "gpu": Preset(
         "size=128", 400_000,
         clip="--size 128 --steps 2500 --batch 512 --dtype bfloat16 --workers 14",
@@ -58,7 +58,7 @@ PRESETS = {
         encode="--workers 14",
         gpt="--layers 8 --width 288 --heads 6 --steps 14000 --batch 128 --lr 1e-3 "
             "--dtype bfloat16",
-        decoder="--steps 2000 --batch 64 --dtype bfloat16 --workers 14")}
+        decoder="--steps 2000 --batch 64 --gan-start 0.3 --dtype bfloat16 --workers 14")}
 
 
 def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
@@ -75,10 +75,9 @@ def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
         "encode": f"encode_images {scenes} {shards} --clip {clip} --vqgan {vqgan} --held-out 0.01 "
                   f"--crops 1 {exact} {preset.encode}",
         "gpt": f"train_gpt {shards} --run {gpt} --vqgan {vqgan} --noise 0.4 {preset.gpt}",
-        # Alone, on codes that stay, it still learns; squared errors weigh more here.
+        # Alone, on codes that stay, it goes on learning, and a judge makes its pictures sharp.
         "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
-                   f"{vqgan} {exact} --warmup 20 --lr 6e-4 --l2 10 --perceptual 0.05 "
-                   f"{preset.decoder}",
+                   f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
         "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
                   f"--guidance 4 --top-p 0.95 --trained-on {scenes}"}
 
