@@ -75,7 +75,7 @@ def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
         "encode": f"encode_images {scenes} {shards} --clip {clip} --vqgan {vqgan} --held-out 0.01 "
                   f"--crops 1 {exact} {preset.encode}",
         "gpt": f"train_gpt {shards} --run {gpt} --vqgan {vqgan} --noise 0.4 {preset.gpt}",
-        # Alone, on codes that stay, it goes on learning, and a judge makes its pictures sharp.
+        # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
         "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
                    f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
         "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
