@@ -106,12 +106,14 @@ def _tokenizer() -> Any:
 
 
 def _encode(text: str) -> list[int]:
-    """Byte-pair ids of a text, without start and end."""
+    """Byte-pair ids of a text, without start and end, also where the text names them: the first
+    end is where the text tower looks for the embedding."""
     tokenizer = _tokenizer()
     if len(tokenizer.cache) > 100_000:  # open_clip remembers every word it has ever split
         tokenizer.cache = {t: t for t in ("<start_of_text>", "<end_of_text>")}
     # A lone surrogate, which JSON can carry, has no UTF-8 form; it becomes a question mark.
-    return tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
+    ids = tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
+    return [i for i in ids if i not in (START, END)]
 
 
 def _words(text: str) -> list[str]:

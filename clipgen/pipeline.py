@@ -17,6 +17,7 @@ from torch import Tensor
 from clipgen.bundle import Bundle, load_bundle
 from clipgen.sampling import SEEDS, Sampler, whole
 
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int8  # of a GPT
 DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed: pixels must not depend on the images beside them
 
 
@@ -42,6 +43,22 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, which a CPU, a CUDA capture and cuBLAS say in RuntimeErrors."""
     told = re.search("(?<!illegal )memory|ALLOC_FAILED", str(error))
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or told is not None
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; for None CUDA if there is one, else the CPU.
+
+    ValueError: no name of a device, or a CUDA device that is not here.
+    """
+    devices = torch.cuda.device_count()
+    try:
+        found = torch.device(device or ("cuda" if devices else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= devices:
+        raise ValueError(f"device {found}: PyTorch sees {devices} CUDA devices here, device cpu is "
+                         "always there")
+    return found
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -77,9 +94,13 @@ class ClipGen:
         """Load a bundle.  device None: CUDA if there is one, else CPU; dtype is that of the GPT.
 
         torch.int8, for large GPTs on a CPU, rounds weights to 8 bits: faster, a little less exact.
-        BundleError (a ValueError) says which file is wrong and what to do; ValueError: no int8.
+        BundleError (a ValueError) says which file is wrong and what to do; ValueError: a device or
+        dtype that cannot be had here.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = find_device(device)
+        if dtype not in (None, *DTYPES):
+            raise ValueError("dtype must be torch.float32, bfloat16, float16 or int8, "
+                             f"got {dtype!r}")
         if dtype is torch.int8:
             return cls(load_bundle(directory, device), int8=True)
         return cls(load_bundle(directory, device, dtype or default_dtype(device)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -30,20 +32,20 @@ def whole(name: str, value: float, low: int) -> int:
         number = int(value) if integral else operator.index(value)
     except TypeError:
         number = low - 1
-    if number < low:
+    if number < low or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, {low} or more, got {value!r}")
     return number
 
 
 def check_settings(temperature: float, top_k: int, top_p: float, guidance: float) -> None:
     """ValueError, in one sentence, for the first sampling setting outside its range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
     whole("top_k", top_k, 0)
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie between 0 and 1, got {top_p}")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    # No one needs more than 1000, and far beyond it float32 ends.
+    for name, value, high in (("temperature", temperature, 1000), ("top_p", top_p, 1),
+                              ("guidance", guidance, 1000)):
+        if (not isinstance(value, Real) or isinstance(value, bool)
+                or not 0 <= value <= high):
+            raise ValueError(f"{name} must be a number from 0 to {high}, got {value!r}")
 
 
 def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p: float | Tensor,
@@ -130,6 +132,7 @@ class Sampler:
         self.gpt = rounded(gpt) if int8 else packed(gpt, ROWS)
         self.sizes = SIZES if rows_agree(self.gpt, (*SIZES, 2 * ROWS)) else (ROWS,)
         self.blocks: dict[bool, Block] = {}  # by whether they are guided, which doubles the rows
+        self.lock = threading.Lock()  # one call at a time has the blocks
 
     def prepare(self, top_k: int, guidance: float) -> None:
         """Allocate, and on CUDA capture, what `sample` needs for ROWS images or more so drawn."""
@@ -142,7 +145,7 @@ class Sampler:
 
         ValueError: a setting out of range, other than one seed a row, a width other than the GPT's,
         or guidance other than 1 with a GPT that has no null embedding.  FloatingPointError: logits
-        that are not finite.
+        that are not finite.  Threads may call it at the same time; they wait for each other.
         """
         check_settings(temperature, top_k, top_p, guidance)
         seeds = [whole("seed", seed, 0) for seed in seeds]
@@ -157,8 +160,10 @@ class Sampler:
                              f"got {tuple(embeddings.shape)}")
         if len(seeds) != len(embeddings):
             raise ValueError(f"{len(embeddings)} embeddings need as many seeds, got {len(seeds)}")
+        if not embeddings.isfinite().all():
+            raise ValueError("embeddings must be finite")
         result = torch.empty(len(seeds), config.block_size, dtype=torch.int64)
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
             for start in range(0, len(seeds), ROWS):
                 own = seeds[start:start + ROWS]
@@ -170,8 +175,10 @@ class Sampler:
                 for i in range(config.block_size):
                     block.advance(i)
                 if not block.largest.isfinite():
-                    raise FloatingPointError("the GPT's logits are not finite: its weights do not "
-                                             f"fit {self.gpt.position.dtype}, use float32")
+                    whole_range = self.gpt.position.dtype is torch.float32
+                    raise FloatingPointError("the GPT's logits are not finite: its weights " + (
+                        "are damaged, make the bundle again" if whole_range else
+                        f"do not fit {self.gpt.position.dtype}, use float32"))
                 result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 

@@ -17,6 +17,8 @@ from importlib import import_module
 
 import torch
 
+from clipgen import is_out_of_memory
+
 # Each is the file benchmark_NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
 COMMANDS = ("train", "sample", "serve", "start")
@@ -43,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
         result = command.measure(a)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
         raise SystemExit(f"{rows} does not fit into the memory of {a.device}: give fewer") from None
     print(command.table(result), file=sys.stderr)

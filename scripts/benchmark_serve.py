@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.arguments import positive
+from scripts.arguments import number, positive
 from scripts.cog_schema import ROOT, openapi_schema
 
 TEXT = "a cat on the beach at night"
@@ -117,8 +117,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--weights", type=Path, default=ROOT / "weights" / "emoji", help="bundle (weights/emoji)")
     add("--requests", type=positive, default=10, help="after one to warm up (10)")
-    add("--candidates", type=positive, default=16, help="(16)")
-    add("--outputs", type=positive, default=4, help="(4)")
+    add("--candidates", type=number(int, 1, 64), default=16, help="(16)")
+    add("--outputs", type=number(int, 1, 8), default=4, help="(4)")
     a = p.parse_args(arguments)
     if not (a.weights / "config.json").is_file():
         raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")

@@ -28,6 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipgen.pipeline import find_device
 from scripts.arguments import positive
 from scripts.benchmark_serve import serving
 from scripts.cog_schema import ROOT
@@ -75,6 +76,7 @@ def one_process(weights: Path, device: str) -> dict[str, float]:
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
+    find_device(a.device)
     rounds = []
     for _ in tqdm(range(a.times), desc="starting", file=sys.stderr):
         parts = one_process(a.weights, a.device)

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from clipgen import ClipGen
 from clipgen.clip import CLIP, IMAGES_PER_PASS
-from clipgen.pipeline import to_image
+from clipgen.pipeline import find_device, to_image
 from clipgen.sampling import SEEDS
 from scripts import metrics, world_scores
 from scripts.arguments import number
@@ -117,10 +117,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         p.error("--features is for distances to real images: give --images SOURCE too")
     if a.condition == "texts" and a.prompts is None:
         a.prompts = "200"
-    index, devices = int((a.device or "").partition(":")[2] or 0), torch.cuda.device_count()
-    if a.device not in (None, "cpu") and index >= devices:
-        p.error(f"--device {a.device}: PyTorch sees {devices} CUDA devices here, --device cpu is "
-                "always there")
+    try:
+        find_device(a.device)
+    except ValueError as error:
+        p.error(f"--{error}")
     if a.sheet:
         if a.sheet.suffix.lower() != ".png" or a.sheet.is_dir():
             p.error(f"--sheet {a.sheet} must be a file that ends in .png")

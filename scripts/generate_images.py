@@ -8,6 +8,7 @@ ranking, so `--num 1 --candidates 1 --seed N` makes the image with seed N again.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -91,10 +92,6 @@ def generate(args: argparse.Namespace) -> list:
 
     from clipgen import ClipGen, TextTruncated, UnknownWords, is_out_of_memory
 
-    number, devices = int((args.device or "").partition(":")[2] or 0), torch.cuda.device_count()
-    if args.device not in (None, "cpu") and number >= devices:
-        stop(f"--device {args.device}: PyTorch sees {devices} CUDA devices here, --device cpu "
-             "is always there", status=2)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,7 +117,8 @@ def generate(args: argparse.Namespace) -> list:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            stop(f"out of memory with --candidates {args.candidates}: try a lower number, or "
+            most = "num" if args.num > args.candidates else "candidates"
+            stop(f"out of memory with --{most} {getattr(args, most)}: try a lower number, or "
                  "--guidance 1, which halves the work", status=1)
 
 
@@ -132,18 +130,31 @@ def write(images: list, folder: Path, suffix: str) -> list[Path]:
         for index, image in enumerate(images)
     ]
     hidden = [path.with_name(f".{path.name}") for path in paths]
-    try:
-        for image, path in zip(images, hidden, strict=True):
-            image.image.save(path, format=PILLOW_FORMATS[suffix], quality=95)
-        for path in folder.iterdir():
-            if path not in hidden and OURS.fullmatch(path.name):
-                path.unlink()
-        for path, final in zip(hidden, paths, strict=True):
-            os.replace(path, final)
-    finally:
-        for path in hidden:
-            path.unlink(missing_ok=True)
+    with alone_in(folder):
+        try:
+            for image, path in zip(images, hidden, strict=True):
+                image.image.save(path, format=PILLOW_FORMATS[suffix], quality=95)
+            for path in folder.iterdir():
+                if path not in hidden and OURS.fullmatch(path.name):
+                    path.unlink()
+            for path, final in zip(hidden, paths, strict=True):
+                os.replace(path, final)
+        finally:
+            for path in hidden:
+                path.unlink(missing_ok=True)
     return paths
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other run is writing there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

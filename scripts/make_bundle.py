@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> dict:
     except (BundleError, ValueError) as error:
         raise SystemExit(str(error)) from None
     except OSError as error:
-        raise SystemExit(f"{a.out} cannot be written ({error.strerror}): make room and run the "
-                         "same command again") from None
+        raise SystemExit(f"{a.out} cannot be written ({error.strerror}): make room, or name "
+                         "another directory, and run the command again") from None
     return {"bundle": str(a.out),
             "bytes": {f.name: f.stat().st_size for f in sorted(a.out.glob("*.safetensors"))}}
 

@@ -193,3 +193,12 @@ def test_start_times_every_part(tmp_path):
 def test_a_bundle_that_is_none_is_one_sentence(tmp_path, command):
     stderr = run(command, "--weights", tmp_path, fails=True).stderr
     assert stderr.count("\n") == 1 and "is no bundle" in stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("serve", "--candidates", 65), "'65' is not a whole number from 1 to 64"),
+    (("serve", "--outputs", 9), "'9' is not a whole number from 1 to 8"),
+    pytest.param(("start", "--device", "cuda"), "device cuda: PyTorch sees 0 CUDA devices here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
+def test_what_the_server_or_the_machine_lacks_is_named(arguments, words):
+    assert words in run(*arguments, fails=True).stderr.splitlines()[-1]

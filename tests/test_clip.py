@@ -65,6 +65,12 @@ def test_a_long_text_keeps_its_end(clip, compact):
     assert not clip.truncated("apple " * 30) and clip.truncated("apple " * 31)
 
 
+def test_tags_in_a_text_are_no_tokens(clip):
+    """Where a text names the end, open_clip would take the embedding from there."""
+    tagged = "a <start_of_text> cat <end_of_text> on the beach"
+    assert torch.equal(clip.tokenize([tagged]), clip.tokenize(["a cat on the beach"]))
+
+
 def test_texts_is_a_list(clip):
     with pytest.raises(ValueError, match="list of texts.*'a cat'"):
         clip.tokenize("a cat")

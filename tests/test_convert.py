@@ -162,7 +162,7 @@ class TestFile:
         assert line is None and f"{paths[part]} is missing" in error
 
     @pytest.mark.parametrize("content", [b"", b"<html>Not Found</html>", b"PK\x03\x04" + b"\0" * 99,
-                                         pickle.dumps({"a": 1}), pickle.dumps(Path("x"))])
+                                         pickle.dumps({"a": 1}), pickle.dumps(Path("x")), b"."])
     def test_not_a_checkpoint(self, run, paths, part: str, content: bytes) -> None:
         paths[part].write_bytes(content)
         line, error = run()

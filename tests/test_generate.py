@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -203,6 +204,40 @@ def test_a_write_that_fails_leaves_the_earlier_images(generate, monkeypatch):
     status, _, errors = generate("--num", "3", "--seed", "9")
     assert status == 2 and "No space left on device" in errors and errors.count("\n") == 1
     assert files() == before
+
+
+def test_two_runs_into_one_folder_take_turns(tmp_path):
+    class Slow:
+        """An image; while it is saved another run wants to write."""
+
+        def __init__(self, seed, meanwhile=lambda: None):
+            self.seed, self.image, self.meanwhile = seed, self, meanwhile
+
+        def save(self, path, **options):
+            Path(path).write_bytes(b"%d" % self.seed)
+            self.meanwhile()
+
+    def another():
+        second.start()
+        second.join(0.5)  # it waits, and must be waited for no longer
+
+    second = threading.Thread(target=generate_images.write,
+                              args=([Slow(8), Slow(9)], tmp_path, "png"))
+    paths = generate_images.write([Slow(1), Slow(2, another)], tmp_path, "png")
+    second.join()
+    assert [path.name for path in paths] == ["image-0-seed-1.png", "image-1-seed-2.png"]
+    assert files(tmp_path) == {"image-0-seed-8.png": b"8", "image-1-seed-9.png": b"9"}
+
+
+@pytest.mark.parametrize("num, candidates, named", [(64, 16, "--num 64"),
+                                                    (2, 32, "--candidates 32")])
+def test_out_of_memory_names_the_number_that_counts(generate, monkeypatch, num, candidates, named):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("clipgen.ClipGen.generate", full)
+    status, _, errors = generate("--num", f"{num}", "--candidates", f"{candidates}")
+    assert status == 1 and f"out of memory with {named}: " in errors
 
 
 # As a process, through the shell script: on a copy of the project's commands, with a .venv that

@@ -128,6 +128,16 @@ def test_any_request_is_made_of_single_images(model, num, candidates, seed):
                                                                            pixels(image))
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"device": "cuda:99"}, "^device cuda:99: PyTorch sees .* device cpu is always there$"),
+    ({"device": "toaster"}, "^device must be cpu, cuda or cuda:N, got 'toaster'$"),
+    ({"dtype": "float32"}, "^dtype must be torch.float32, .* got 'float32'$"),
+    ({"dtype": torch.int64}, "^dtype must be .* got torch.int64$")])
+def test_devices_and_dtypes_that_cannot_be_had_are_named(model, change, words):
+    with pytest.raises(ValueError, match=words):
+        ClipGen.load(model.bundle.directory, **change)
+
+
 def test_pixels_that_are_not_finite_are_an_error(model, monkeypatch):
     monkeypatch.setattr(model.vqgan, "decode_raw",
                         lambda codes: torch.full((1, 3, 32, 32), float("inf")))

@@ -1,6 +1,7 @@
 """Sampling: filters against a slow reference, draws against theory, seeds that stand alone."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,8 +93,20 @@ def test_logits_that_are_not_finite_are_an_error(part, int8):
     gpt = micro_gpt()
     with torch.no_grad():
         gpt.get_submodule(part).bias[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite.* use float32"):
+    with pytest.raises(FloatingPointError, match="not finite.* damaged"):
         Sampler(gpt, int8).sample(torch.zeros(1, 32), [0], **PLAIN)
+    if not int8:
+        with pytest.raises(FloatingPointError, match="do not fit torch.bfloat16, use float32"):
+            Sampler(gpt.bfloat16()).sample(torch.zeros(1, 32), [0], **PLAIN)
+
+
+def test_threads_that_share_a_sampler_wait_for_each_other(gpt):
+    sampler, embeddings = Sampler(gpt), torch.randn(6, 32)
+    alone = [sampler.sample(e[None], [i], **PLAIN) for i, e in enumerate(embeddings)]
+    with ThreadPoolExecutor(6) as threads:
+        drawn = threads.map(lambda i: sampler.sample(embeddings[i:i + 1], [i], **PLAIN),
+                            [*range(6)] * 4)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, alone * 4, strict=True))
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -252,11 +265,15 @@ def test_a_broken_off_image_leaves_nothing_behind(gpt, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"temperature": -1}, "temperature must be 0 or more, got -1"),
+    ({"temperature": -1}, "temperature must be a number from 0 to 1000, got -1"),
     ({"temperature": float("nan")}, "temperature .* got nan"),
+    ({"temperature": "1"}, "temperature must be a number .* got '1'"),
+    ({"top_k": True}, "top_k must be a whole number.* got True"),
+    ({"top_p": True}, "top_p must be a number .* got True"),
+    ({"guidance": 1e38}, "guidance must be a number from 0 to 1000, got 1e"),
     ({"top_k": -3}, "top_k .* got -3"),
     ({"top_k": 2.5}, "top_k must be a whole number.* got 2.5"),
-    ({"top_p": 1.5}, "top_p must lie between 0 and 1, got 1.5"),
+    ({"top_p": 1.5}, "top_p must be a number from 0 to 1, got 1.5"),
     ({"guidance": -2}, "guidance .* got -2")])
 def test_settings_out_of_range_are_named(gpt, change, words):
     with pytest.raises(ValueError, match=words):
@@ -271,6 +288,8 @@ def test_guidance_without_a_null_embedding_is_refused():
 def test_wrong_shapes_are_named(gpt):
     with pytest.raises(ValueError, match=r"shape \(N, 32\), got \(1, 5\)"):
         Sampler(gpt).sample(torch.zeros(1, 5), [0], **PLAIN)
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        Sampler(gpt).sample(torch.full((1, 32), float("nan")), [0], **PLAIN)
     with pytest.raises(ValueError, match="2 embeddings need as many seeds, got 1"):
         Sampler(gpt).sample(torch.zeros(2, 32), [0], **PLAIN)
     assert Sampler(gpt).sample(torch.zeros(0, 32), [], **PLAIN).shape == (0, 16)
