@@ -24,7 +24,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 
 positive, whole = number(int, 1, 10**9), number(int, 0, 10**9)
+seed = number(int, 0, 2**31 - 1)
 amount, share, scale = number(float, 0, 1e9), number(float, 0, 1), number(float, 0.01, 1)
+
+
+def shown(text: str) -> str:
+    """The text as UTF-8 can hold it: a file name may be no UTF-8, its odd bytes become ?."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def duration(text: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class Discriminator(nn.Module):
         parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for _ in range(layers - 1):
             parts += [nn.Conv2d(channels, 2 * channels, 4, 2, 1, bias=False),
-                      nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2)]
+                      nn.GroupNorm(math.gcd(8, 2 * channels), 2 * channels), nn.LeakyReLU(0.2)]
             channels *= 2
         parts += [nn.Conv2d(channels, 1, 3, 1, 1)]
         self.layers = nn.Sequential(*parts)

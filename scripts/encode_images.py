@@ -32,12 +32,12 @@ from tqdm import tqdm
 from clipgen.clip import CLIP
 from clipgen.vqgan import VQGAN
 from scripts import shards
-from scripts.arguments import positive, scale, whole
+from scripts.arguments import positive, scale, seed, whole
 from scripts.checkpoints import write_text
 from scripts.feed import open_parts
 from scripts.images import Images, UnreadableImage, draw
 from scripts.parts import CODES, fingerprint, load_clip, load_vqgan
-from scripts.runs import report
+from scripts.runs import report, say_interrupted
 from scripts.views import centre_view, least_side, random_view
 
 IMAGES_PER_SHARD = 1024  # so many, per process, are encoded again after a kill
@@ -194,13 +194,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit", type=positive, help="encode at most this many images of each part, for a trial")
     add("--batch", type=positive, default=64, help="squares at once; for memory and speed (64)")
     add("--workers", type=whole, default=0, help="processes that read images beside this one (0)")
-    add("--seed", type=whole, default=0, help="of the random squares (0)")
+    add("--seed", type=seed, default=0, help="of the random squares (0)")
     return p.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Encode; returns the manifest without its lists, which is what is printed."""
     a = parse(arguments)
+    sys.excepthook = say_interrupted
     # Processes may finish hours apart where one of them reads from slower disks.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     try:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from scripts.images import Images, open_images, split
+from scripts.images import Images, by_hash, open_images, split
 from scripts.views import all_views, batches
 
 
@@ -18,17 +18,25 @@ def open_parts(source: str, validation: str | None, held_out: float,
                captions: Path | None = None) -> tuple[Images, Images, str]:
     """(images to train on, images held out, fingerprint of the former).
 
-    Held out is the set at `validation`, else the source's own, else a share of it.
+    Held out is the set at `validation`, else the source's own, else a share of it; in no order, so
+    that the first few of them stand for all.
     """
-    images, own = open_images(source, captions)
+    images, held = open_images(source, captions)
     if validation:
         train, part = open_images(validation, captions)
         held = part or train
-    elif own is not None:
-        held = own
-    else:
+    if held is None:
         images, held = split(images, held_out)
-    return images, held, images.fingerprint()
+    return images, held.subset(by_hash(held)), images.fingerprint()
+
+
+def refuse_inside(source: str, **directories: Path) -> None:
+    """ValueError: a directory that is written to lies in the folder of the images."""
+    folder = Path(source).resolve()
+    for name, path in directories.items():
+        if folder.is_dir() and folder in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"--{name} {path} lies in the folder of the images, and what is "
+                             "written there would count as one of them: give one outside")
 
 
 def stack_views(images: Images, size: int, count: int) -> tuple[list[int], Tensor]:

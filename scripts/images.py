@@ -13,12 +13,14 @@ labels; as in WebDataset, NAME may also end at the first dot.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import io
 import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -27,8 +29,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from scripts.archives import Place, Reader, clean, list_files
+from scripts.arguments import shown
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # an ending may lie, the content decides
 # Place without its path, whose number in a list stands for it: a million take 60 MB.
 PLACE = np.dtype([("path", "i4"), ("offset", "i8"), ("size", "i8"), ("how", "i1")])
@@ -153,15 +156,16 @@ def _keys(name: str) -> tuple[str, str, str]:
     return name, folder + slash + base.rpartition(".")[0], folder + slash + base.partition(".")[0]
 
 
-def _list(path: str) -> tuple[list[str], list[str], np.ndarray, bool]:
-    """names, paths, places (N, 3), and whether archives lie among the files of one source."""
+def _list(path: str) -> tuple[list[str], list[str], np.ndarray, Counter[str]]:
+    """names, paths, places (N, 3) of one source, and how often its other files' endings occur."""
     files: dict[str, Place] = {}  # of two members of one name the later one counts, as in tar
-    archives = False
+    others: Counter[str] = Counter()
     for name, place in list_files(path):
         ending = os.path.splitext(name)[1].lower()
         if ending in (*ENDINGS, ".txt", ".json"):
             files[name] = place
-        archives |= ending in (".tar", ".zip")
+        else:
+            others[ending or "without an ending"] += 1
     names = [name for name in files if name.lower().endswith(ENDINGS)]
     paths: dict[str, int] = {}
     places = np.full((len(names), 3), np.array(NOWHERE, PLACE))
@@ -172,7 +176,7 @@ def _list(path: str) -> tuple[list[str], list[str], np.ndarray, bool]:
         for kind, place in enumerate([files[name], *beside]):
             if place:
                 places[i, kind] = (paths.setdefault(place.path, len(paths)), *place[1:])
-    return names, list(paths), places, archives
+    return names, list(paths), places, others
 
 
 def _open_all(paths: Sequence[str], source: str) -> Images:
@@ -186,8 +190,9 @@ def _open_all(paths: Sequence[str], source: str) -> Images:
             listed = list(tqdm(pool.map(_list, paths), "listing", len(paths), unit=" shards"))
     else:
         listed = [_list(path) for path in paths]
-    names, on_disk, places = [], [], []
-    for path, (found, where, place, _) in zip(paths, listed, strict=True):
+    names, on_disk, places, others = [], [], [], Counter()
+    for path, (found, where, place, other) in zip(paths, listed, strict=True):
+        others += other
         prefix = "" if path == source else f"{os.path.relpath(path, above)}/"
         names += [prefix + name for name in found]
         place["path"][place["path"] >= 0] += len(on_disk)
@@ -195,10 +200,18 @@ def _open_all(paths: Sequence[str], source: str) -> Images:
         places.append(place)
     if not names:
         hint = ("; it holds archives: give one, or several as 'FOLDER/{0000..0099}.tar'"
-                if any(other for *_, other in listed) else ": give a folder, zip or tar of images")
+                if {".tar", ".zip"} & others.keys() else ": give a folder, zip or tar of images")
         raise ValueError(f"{source} holds no image ({', '.join(ENDINGS)}){hint}")
+    if others:
+        _say(f"{source}: not used, as these are no images that can be read here: "
+             + ", ".join(f"{others[e]:,} {e}" for e in sorted(others, key=lambda e: -others[e])))
     order = sorted(range(len(names)), key=names.__getitem__)
     return Images(names, on_disk, np.concatenate(places)).subset(order)
+
+
+@functools.cache  # once a process
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -311,7 +324,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
             names = {image["id"]: image["file_name"] for image in data["images"]}
             for annotation in data["annotations"]:
                 table.setdefault(names[annotation["image_id"]], []).append(
-                    annotation["caption"].strip())
+                    shown(annotation["caption"].strip()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path} is no COCO captions file: it needs images (id, file_name) "
                              "and annotations (image_id, caption)") from None
@@ -319,7 +332,8 @@ def read_captions(path: Path) -> dict[str, list[str]]:
         for number, line in enumerate(text.split("\n"), 1):
             name, tab, caption = line.partition("\t")
             if tab and caption.strip():
-                table.setdefault(clean(name.strip()), []).append(caption.strip())
+                table.setdefault(clean(name.strip()), []).append(
+                    shown(caption.strip()))
             elif line.strip():
                 raise ValueError(f"{path}, line {number} is not NAME<TAB>caption: "
                                  f"{line[:60]!r}")
@@ -328,7 +342,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
     return table
 
 
-def _by_hash(images: Images) -> list[int]:
+def by_hash(images: Images) -> list[int]:
     """Indices in an order that depends on nothing but the names."""
     return sorted(range(len(images)), key=lambda i: hashlib.sha256(
         images.names[i].encode("utf-8", "surrogateescape")).digest())
@@ -336,14 +350,15 @@ def _by_hash(images: Images) -> list[int]:
 
 def draw(images: Images, count: int) -> Images:
     """`count` images chosen by a hash of their names, in the order they had; all if fewer."""
-    return images.subset(sorted(_by_hash(images)[:count]))
+    return images.subset(sorted(by_hash(images)[:count]))
 
 
 def split(images: Images, share: float, most: int = 5000) -> tuple[Images, Images]:
     """(rest, held out): `share` of the images, at most `most`, chosen by a hash of their names.
 
-    At least one image ends up on each side.  ValueError: a share outside 0 to 1 (both excluded),
-    or fewer than 2 images.
+    The latter in the order of the hash, so that the first n of them are a fair draw.  At least one
+    image ends up on each side.  ValueError: a share outside 0 to 1 (both excluded), or fewer than 2
+    images.
     """
     if not 0 < share < 1:
         raise ValueError(f"the held-out share must lie between 0 and 1, got {share}")
@@ -351,5 +366,5 @@ def split(images: Images, share: float, most: int = 5000) -> tuple[Images, Image
         raise ValueError(f"{len(images)} image cannot be split: give more, or give the validation "
                          "images yourself")
     count = max(1, min(round(share * len(images)), most, len(images) - 1))
-    order = _by_hash(images)
-    return images.subset(sorted(order[count:])), images.subset(sorted(order[:count]))
+    order = by_hash(images)
+    return images.subset(sorted(order[count:])), images.subset(order[:count])

@@ -81,8 +81,7 @@ def start(dtype: str, seed: int) -> Accelerator:
 def say_interrupted(kind: type, error: BaseException, traceback: Any) -> None:
     """Ctrl-C while nothing can be saved (at the start, the second time) needs no traceback."""
     if kind is KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint, or starts again without "
-              "one", file=sys.stderr)
+        print("stopped: the same command goes on from what is saved", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

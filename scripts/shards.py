@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,23 @@ def _map(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     if not path.is_file():
         raise ValueError(f"{path} is missing: copy it from where the shards were made, or encode "
                          "again into another directory")
-    try:
-        array = np.load(path, mmap_mode="r").view(np.ndarray)
-    except (ValueError, OSError, EOFError):  # also where it is shorter than its header says
-        array = np.empty(0)
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{path} is damaged or cut short: copy it again, or encode again into "
+    damaged = ValueError(f"{path} is damaged or cut short: copy it again, or encode again into "
                          "another directory")
-    return array
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0(file)
+            start, end = file.tell(), file.seek(0, io.SEEK_END)
+    except (ValueError, EOFError):
+        raise damaged from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check it") from None
+    if header != (shape, False, np.dtype(dtype)) or end - start != math.prod(shape) * np.dtype(
+            dtype).itemsize:
+        raise damaged
+    # np.memmap would keep a file open for each of these, of which there may be thousands.
+    mapped = torch.from_file(str(path), size=end, dtype=torch.uint8).numpy()
+    return mapped[start:].view(dtype).reshape(shape)
 
 
 def read_shards(directory: str | Path, part: str = "train", check: bool = False) -> Shards:

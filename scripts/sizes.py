@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 from scripts.images import Images, UnreadableImage
 from scripts.parts import load_vqgan
 
 SHORT = 1200  # seconds on a CPU too few for a GAN to help
-LOOKED_AT = 33  # images whose size is looked at
+LOOKED_AT = 33  # images whose size and brightness are looked at
+DARK = 64  # of 255
 
 # Pixels a side, flags of train_vqgan, flags of train_gpt.
 Sizes = tuple[int, list[str], list[str]]
@@ -26,8 +28,12 @@ def sizes_of(bundle: Path, size: int | None, cuda: bool) -> Sizes:
 
 def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> Sizes:
     """For new models.  Codes a side: 8 for small images, else 16.  ValueError: no such size, or
-    no image can be read."""
-    size = size or usual_size(images, 256 if cuda else 64)
+    no image can be read.  Warns on stderr of images that are nearly black."""
+    side, brightest = look_at(images)
+    if brightest < DARK:
+        print(f"no image looked at has a value above {brightest} of 255; 16-bit images that use "
+              "fewer bits must be scaled to the full range first", file=sys.stderr)
+    size = size or max(32, min(256 if cuda else 64, 2 ** (side.bit_length() - 1)))
     grid = 16 if size > 128 or cuda and size > 64 else 8
     halvings = max(1, round(math.log2(size / grid)))
     if size < 16 or size % 2**halvings:
@@ -51,17 +57,20 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
     return size, flags(vqgan), flags(gpt)
 
 
-def usual_size(images: Images, most: int) -> int:
-    """The largest power of two, from 32 to `most`, that half of some images reach."""
-    sides, reason = [], ""
+def look_at(images: Images) -> tuple[int, int]:
+    """The shorter side that half of some images reach, and the largest value in any of them."""
+    sides, brightest, reason = [], 0, ""
     for i in range(0, len(images), max(1, len(images) // LOOKED_AT)):
         try:
-            sides.append(min(images.image(i).size))
+            image = images.image(i)
         except UnreadableImage as error:
             reason = str(error)
+            continue
+        sides.append(min(image.size))
+        brightest = max(brightest, *(high for _, high in image.getextrema()))
     if not sides:
         raise ValueError(f"none of the images looked at can be read: {reason}")
-    return max(32, min(most, 2 ** (sorted(sides)[len(sides) // 2].bit_length() - 1)))
+    return sorted(sides)[len(sides) // 2], brightest
 
 
 def flags(values: dict[str, float | str]) -> list[str]:

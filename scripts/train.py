@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -44,13 +44,14 @@ from scripts import (
     train_gpt,
     train_vqgan,
 )
-from scripts.arguments import duration, number, positive, scale, share, whole
+from scripts.arguments import duration, positive, scale, seed, share, shown, whole
 from scripts.card import curves_of, plot, write_card
-from scripts.feed import open_parts, stack_views
-from scripts.images import Images
+from scripts.feed import open_parts, refuse_inside, stack_views
+from scripts.images import Images, UnreadableImage
 from scripts.parts import load_clip, load_vqgan
 from scripts.shards import read_shards
 from scripts.sizes import new_sizes, sizes_of
+from scripts.views import least_side
 
 # Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
 SHARES = {"vqgan": 0.5, "encode": 0.08, "gpt": 0.25, "evaluate": 0.08}
@@ -101,7 +102,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=runs.PRECISIONS, help="default: bfloat16 on CUDA where it has it")
     add("--workers", type=whole, help="processes that read images (default: by machine)")
     add("--run", type=Path, help="directory of the work (default: runs/ and the name of --out)")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
+    add("--seed", type=seed, default=0)
     a = p.parse_args(arguments)
     a.command = sys.argv[1:] if arguments is None else arguments
     a.run = a.run or Path("runs") / a.out.name
@@ -140,7 +141,11 @@ def main(arguments: list[str] | None = None) -> dict:
         return plan.result
     if accelerator.is_main_process:
         describe(a, accelerator, plan)
-    return Stages(a, accelerator, plan, began).run(held)
+    try:
+        return Stages(a, accelerator, plan, began).run(images, held)
+    except OSError as error:
+        raise SystemExit(f"{error.filename or a.run} cannot be used ({error.strerror}): mend that, "
+                         "and the same command goes on") from None
 
 
 def settings_of(a: argparse.Namespace) -> dict[str, str]:
@@ -179,11 +184,7 @@ def new_plan(a: argparse.Namespace, accelerator: Accelerator, images: Images, he
         refuse_other_files(a.out)
     if a.run.is_dir() and any(a.run.iterdir()):
         raise ValueError(f"{a.run} holds other things: give another --run directory")
-    source = Path(a.images).resolve()
-    for name, path in (("--out", a.out), ("--run", a.run)):
-        if source.is_dir() and source in (path.resolve(), *path.resolve().parents):
-            raise ValueError(f"{name} {path} lies in the folder of the images, and what is written "
-                             "there would count as one of them: give one outside")
+    refuse_inside(a.images, out=a.out, run=a.run)
     cuda = accelerator.device.type == "cuda"
     size, vqgan, gpt = (sizes_of(a.start_from, a.size, cuda) if a.start_from
                         else new_sizes(images, a.size, cuda, a.time))
@@ -229,18 +230,24 @@ class Stages:
         """Add what a stage takes to the plan, also where it is interrupted."""
         try:
             yield
-        finally:
-            now = time.time()
-            self.plan.spent[stage] = self.plan.spent.get(stage, 0.0) + now - self.mark
-            self.mark = now
-            self.keep_plan()
+        except BaseException:
+            with suppress(OSError):  # a full disk has been told of
+                self.spend(stage)
+            raise
+        self.spend(stage)
+
+    def spend(self, stage: str) -> None:
+        now = time.time()
+        self.plan.spent[stage] = self.plan.spent.get(stage, 0.0) + now - self.mark
+        self.mark = now
+        self.keep_plan()
 
     def keep_plan(self) -> None:
         if self.accelerator.is_main_process:
             checkpoints.write_text(self.a.run / "plan.json",
                                    json.dumps(asdict(self.plan), indent=1))
 
-    def run(self, held: Images) -> dict:
+    def run(self, images: Images, held: Images) -> dict:
         a, plan = self.a, self.plan
         result = {"bundle": str(a.out), "n_images": plan.n_images, "n_held_out": plan.n_held_out}
         if self.vqgan == str(self.vqgan_run):
@@ -249,7 +256,7 @@ class Stages:
             result |= {k: scores[k] for k in ("psnr_db", "ssim")}
         if self.gpt == self.gpt_run:
             with self.timed("encode"):
-                self.encode()
+                self.encode(images)
             with self.timed("gpt"):
                 scores = self.train_gpt()
             result |= {k: scores[k] for k in ("token_ce", "unigram_ce", "token_ce_text", "text_gap")
@@ -287,32 +294,39 @@ class Stages:
             a.images, "--run", str(self.vqgan_run), "--clip", a.clip, "--time", f"{seconds:.1f}s",
             *plan.vqgan, *given, *self.common("dtype", "seed", "workers", "held_out", "crop")])
 
-    def encode(self) -> None:
+    def encode(self, images: Images) -> None:
         a, plan = self.a, self.plan
         if plan.encode is None:
-            plan.encode, = broadcast_object_list([self.views()])
+            plan.encode, = broadcast_object_list([self.views(images)])
             self.keep_plan()
         captions = ["--captions", str(a.captions)] if a.captions else []
         encode_images.main([
             a.images, str(self.shards), "--clip", a.clip, "--vqgan", self.vqgan, *plan.encode,
             *captions, *self.common("seed", "workers", "held_out", "crop")])
 
-    def views(self) -> list[str]:
+    def views(self, images: Images) -> list[str]:
         """How many crops of how many images can be encoded in the time, from the speed of a few."""
-        plan, device = self.plan, self.accelerator.device
+        a, plan, device = self.a, self.plan, self.accelerator.device
         clip, vqgan = load_clip(self.a.clip).to(device), load_vqgan(self.vqgan).to(device)
         pixels = torch.rand(8, 3, plan.size, plan.size, device=device)
         for _ in range(2):  # the first time is slow
             began = time.time()
             vqgan.encode(pixels).cpu(), clip.embed_pixels(pixels).cpu()
-        rate = len(pixels) * self.accelerator.num_processes / (time.time() - began)
-        crops = int(rate * SHARES["encode"] * plan.seconds / plan.n_images)
-        most = max(64, int(rate * MOST_ENCODING * plan.seconds))
+        processes = self.accelerator.num_processes
+        crop = (time.time() - began) / len(pixels) / processes  # seconds of one
+        few = range(0, len(images), -(-len(images) // 8))
+        began = time.time()
+        for i in few:
+            with suppress(UnreadableImage):
+                images.image(i, least_side(plan.size, a.scale))
+        reading = (time.time() - began) / len(few) / processes / max(1, a.workers)
+        crops = int((SHARES["encode"] * plan.seconds / plan.n_images - reading) / crop)
+        most = max(64, int(MOST_ENCODING * plan.seconds / (reading + crop)))
         if most >= plan.n_images:
             return ["--crops", str(max(1, min(MOST_CROPS, crops)))]
         if self.accelerator.is_main_process:
-            print(f"encoding {most} of {plan.n_images} images, at {rate:.1f} a second there is no "
-                  "time for more", file=sys.stderr)
+            print(f"encoding {most} of {plan.n_images} images, at {1 / (reading + crop):.1f} a "
+                  "second there is no time for more", file=sys.stderr)
         return ["--crops", "1", "--limit", str(most)]
 
     def train_gpt(self) -> dict:
@@ -337,7 +351,8 @@ class Stages:
                     for text in (f"--{name.replace('_', '-')}", str(value))]
         make_bundle.main([
             str(a.out), "--clip", a.clip, "--vqgan", self.vqgan, "--gpt", str(self.gpt),
-            "--trained-on", f"{self.plan.n_images} images of {Path(a.images).name}", *settings])
+            "--trained-on", shown(f"{self.plan.n_images} images of {Path(a.images).name}"),
+            *settings])
 
     def evaluate(self, held: Images) -> dict:
         """Samples from the embeddings of held-out images, or of their captions, beside them."""
@@ -377,9 +392,9 @@ class Stages:
             grids["samples"] = ("Samples, with what each was made from",
                                 Image.open(a.run / "sheet.png"))
         write_card(
-            a.out, data={"images": a.images, "trained on": plan.n_images,
+            a.out, data={"images": shown(a.images), "trained on": plan.n_images,
                          "held out": plan.n_held_out, "sha256 of the list": plan.fingerprint[:16]},
-            command=f"python -m scripts.train {shlex.join(plan.command)}",
+            command=shown(f"python -m scripts.train {shlex.join(plan.command)}"),
             settings={"CLIP": a.clip, "VQGAN": " ".join(plan.vqgan), "GPT": " ".join(plan.gpt),
                       "precision": a.dtype, "seconds by stage":
                       ", ".join(f"{k} {v:.0f}" for k, v in plan.spent.items())},

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
 from scripts import runs
 from scripts.arguments import positive, scale, share, whole
-from scripts.feed import Feed, open_parts, stack_views
+from scripts.feed import Feed, open_parts, refuse_inside, stack_views
 from scripts.images import Images
 from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
 
@@ -193,7 +193,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     a = parse(arguments)
     accelerator = runs.start(a.dtype, a.seed)
+    if a.text_width % 32:
+        raise SystemExit(f"--text-width {a.text_width} is no multiple of 32")
     try:
+        refuse_inside(a.images, run=a.run)
         images, held, data = open_parts(a.images, a.validation, a.held_out, a.captions)
         lines = [images.captions(i) for i in range(len(images))]
         shown, views = stack_views(held, a.size, 1000)

@@ -27,7 +27,7 @@ from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import reconstruction, runs
 from scripts.arguments import amount, positive, scale, share, whole
 from scripts.discriminator import Discriminator, hinge_loss
-from scripts.feed import Feed, open_parts, stack_views
+from scripts.feed import Feed, open_parts, refuse_inside, stack_views
 from scripts.images import Images
 from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
 from scripts.parts import load_clip, load_vqgan
@@ -292,6 +292,7 @@ def main(arguments: list[str] | None = None) -> dict:
     perceptual = perceptual_loss(a)
     vqgan = make_vqgan(a)
     try:
+        refuse_inside(a.images, run=a.run)
         images, held, data = open_parts(a.images, a.validation, a.held_out)
         pixels = stack_views(held, vqgan.config.image_size, 1000)[1]
     except ValueError as error:

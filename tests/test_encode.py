@@ -191,6 +191,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(encoded, source, bund
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
+def test_shards_keep_no_file_open(encoded):
+    """There may be more of them than a process may have open."""
+    before = len(os.listdir("/proc/self/fd"))
+    data = read_shards(encoded[0])
+    assert len(data._arrays["codes"]) > 1 and len(os.listdir("/proc/self/fd")) == before
+
+
 def test_two_processes_make_the_same_shards(encoded, source, bundle, tmp_path):
     script = tmp_path / "encode.py"
     script.write_text("from accelerate import PartialState\n"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from scripts import archives
+from scripts.feed import open_parts, refuse_inside
 from scripts.images import (
     ENDINGS,
     UnreadableImage,
@@ -500,6 +501,26 @@ def test_large_images_are_read_without_a_warning_or_a_changed_setting():
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+def test_what_is_not_used_is_counted(tmp_path, capsys):
+    files = {"a.jfif": plain("red", kind="JPEG"), "a.txt": "red", "b.PNG": plain("blue"),
+             "c.heic": b"", "d/e.HEIC": b"", "f.zip": b"", "README": b"", ".hidden": b""}
+    assert open_images(write(tmp_path, files))[0].names == ["a.jfif", "b.PNG"]
+    assert open_images(tmp_path)[0].names == ["a.jfif", "b.PNG"]
+    line, = capsys.readouterr().err.splitlines()  # not twice
+    assert line.startswith(f"{tmp_path}: not used")
+    assert line.partition(": 2 .heic, ")[2] in ("1 .zip, 1 without an ending",
+                                                "1 without an ending, 1 .zip")
+
+
+def test_captions_can_always_be_written_again(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"a.png\tcaf\xe9\n")
+    (tmp_path / "a.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": 1, "caption": "caf\udce9"}]}))
+    for name in ("a.tsv", "a.json"):
+        assert read_captions(tmp_path / name) == {"a.png": ["caf?"]}
+
+
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]),
        st.integers(0, 400))
 @settings(max_examples=100, deadline=None)
@@ -540,6 +561,21 @@ def test_splits_that_cannot_be(small_images):
         split(small_images.subset([0]), 0.5)
     assert draw(small_images, 99).names == small_images.names
     assert len(draw(small_images, 7)) == 7
+
+
+def test_the_first_of_those_held_out_stand_for_all(tmp_path):
+    root = write(tmp_path, {f"{i:02d}/{j}.png": plain("red") for i in range(20) for j in range(9)})
+    for validation in (None, root):
+        held = open_parts(root, validation, 0.5)[1]
+        assert len({name.partition("/")[0] for name in held.names[:40]}) > 10
+
+
+def test_directories_among_the_images_are_refused(tmp_path):
+    refuse_inside(tmp_path, run=tmp_path.parent)
+    refuse_inside("scenes:9", run=tmp_path)
+    for inside in (tmp_path, tmp_path / "a" / ".." / "b"):
+        with pytest.raises(ValueError, match=f"--run {inside} lies in the folder of the images"):
+            refuse_inside(tmp_path, run=inside)
 
 
 # Views

@@ -1,20 +1,24 @@
 """scripts.train: one command from a folder of images to a bundle."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 
 from clipgen import ClipGen
-from scripts import train
-from scripts.arguments import duration
-from scripts.images import Images, open_images
+from scripts import encode_images, train, train_gpt
+from scripts.arguments import duration, shown
+from scripts.images import Images, UnreadableImage, open_images
 from scripts.sizes import new_sizes
 from tests import shapes
 from tests.micro import micro_bundle
@@ -146,6 +150,58 @@ def test_images_that_are_not_there_are_named(tmp_path, capsys):
 @pytest.mark.parametrize("text, seconds", [("90s", 90), ("20m", 1200), ("2h30m", 9000)])
 def test_durations(text, seconds):
     assert duration(text) == seconds
+
+
+def test_dark_images_are_told_of(tmp_path, capsys):
+    for bits in (16, 12):
+        pixels = np.linspace(0, 2**bits - 1, 32 * 32).astype(np.uint16).reshape(32, 32)
+        Image.fromarray(pixels).save(tmp_path / "x-ray.png")
+        new_sizes(open_images(tmp_path)[0], None, False, 3600)
+        said = capsys.readouterr().err
+        assert ("no image looked at has a value above 16 of 255" in said) == (bits == 12)
+
+
+def test_every_seed_it_takes_the_stages_take():
+    most = str(2**31 - 1)
+    a = train.parse(["images", "--out", "o", "--clip", "c", "--seed", most])
+    flags = train.Stages(a, None, None, 0.0).common("seed")
+    assert encode_images.parse(["i", "o", "--clip", "c", "--vqgan", "v", *flags]).seed == a.seed
+    assert train_gpt.parse(["s", "--run", "r", *flags]).seed == a.seed
+
+
+def test_a_stage_that_fails_is_what_is_told_of(monkeypatch):
+    stages = train.Stages(train.parse(["images", "--out", "o", "--clip", "c"]), None,
+                          SimpleNamespace(spent={}), time.time())
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "keep_plan", full)
+    with pytest.raises(SystemExit, match="make room"), stages.timed("gpt"):
+        raise SystemExit("make room")
+    with pytest.raises(OSError), stages.timed("gpt"):
+        pass
+
+
+def test_the_time_of_reading_counts(source, clip, monkeypatch):
+    a = train.parse([str(source), "--out", "o", "--clip", str(clip), "--time", "60s"])
+    images = open_images(source)[0]
+    stages = train.Stages(a, Accelerator(cpu=True), SimpleNamespace(
+        size=32, seconds=60, n_images=1000), time.time())
+    stages.vqgan = str(clip)
+    assert "--limit" not in stages.views(images)
+
+    def slow(*_):
+        time.sleep(0.5)
+        raise UnreadableImage("nothing")
+
+    monkeypatch.setattr(images, "image", slow)
+    flags = stages.views(images)
+    assert flags[-2] == "--limit" and int(flags[-1]) == 64  # the least
+
+
+def test_names_that_are_no_utf_8_can_be_written():
+    assert shown(os.fsdecode(b"ph\xe9")) == "ph?" and shown("phé") == "phé"
 
 
 @pytest.mark.parametrize("cuda", [False, True])
