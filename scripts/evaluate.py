@@ -201,7 +201,10 @@ def evaluate(a: argparse.Namespace) -> dict:
         "seconds": round(time.time() - began, 1),
         "seconds_per_image": float(f"{seconds / len(generated):.3g}")}
     if a.sheet:
-        draw_sheet(result, generated, texts, names, real).save(a.sheet)
+        try:
+            draw_sheet(result, generated, texts, names, real).save(a.sheet)
+        except OSError as error:  # the scores took longer than a sheet, and stay
+            print(f"--sheet {a.sheet} cannot be written ({error.strerror})", file=sys.stderr)
     return result
 
 

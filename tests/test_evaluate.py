@@ -309,6 +309,14 @@ def test_without_inception_it_is_clip_and_one_line_says_so(bundle, monkeypatch, 
 # Sheets
 
 
+def test_scores_outlive_a_sheet_that_cannot_be_written(bundle, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    err = run(capsys, bundle, "--prompts", tmp_path / "texts.txt", "--candidates", 1,
+              "--sheet", tmp_path / "full.png")[2]
+    assert f"--sheet {tmp_path / 'full.png'} cannot be written (No space left on device)" in err
+
+
 def test_texts_on_a_sheet_wrap_and_end_in_an_ellipsis():
     from PIL import ImageFont
     font = ImageFont.load_default(12)
