@@ -314,9 +314,10 @@ def _build(directory: Path, kind: type, config: Any) -> Any:
             return CLIP.on_meta(config)
         with torch.device("meta"):
             return kind(config)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # of any kind: what open_clip makes of odd settings is open
+        reason = str(error).partition("\n")[0]
         raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
-                          f"built ({error}): {AGAIN}") from error
+                          f"built ({reason}): {AGAIN}") from error
 
 
 def _fill(module: nn.Module, directory: Path, config: Config, file: str,

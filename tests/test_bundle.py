@@ -366,6 +366,7 @@ def test_wrong_value(bundle: Path, section: str, key: str, value: object, words:
 
 @pytest.mark.parametrize(("tower", "key", "value", "words"), [
     ("vision_cfg", "colour", 1, "cannot be built"),
+    ("vision_cfg", "layers", [], "cannot be built"),
     ("vision_cfg", "head_width", 64, "cannot be built"),
     ("vision_cfg", "width", 64, "clip.safetensors"),
     ("vision_cfg", "image_size", [32, 16], "image_size"),
