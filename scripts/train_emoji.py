@@ -44,11 +44,11 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        "objects=40,size=64", 160_000,
+        "objects=40,size=64", 200_000,
         clip="--size 64 --steps 700 --batch 128",
         vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
-        encode="--limit 120000",
-        gpt="--layers 6 --width 192 --heads 6 --steps 11100 --batch 32 --lr 1.5e-3",
+        encode="--limit 160000",
+        gpt="--layers 6 --width 192 --heads 6 --steps 15300 --batch 32 --lr 1.5e-3",
         decoder="--steps 8200 --batch 8 --gan-start 0.3"),
     "gpu": Preset(
         "size=128", 400_000,
@@ -79,7 +79,7 @@ def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
         "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
                    f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
         "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
-                  f"--guidance 4 --top-p 0.95 --trained-on {scenes}"}
+                  f"--guidance 3 --top-p 0.95 --trained-on {scenes}"}
 
 
 def run_part(command: str, end: float) -> int:
