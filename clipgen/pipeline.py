@@ -50,7 +50,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
     ValueError: no name of a device, or a CUDA device that is not here.
     """
-    devices = torch.cuda.device_count()
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         found = torch.device(device or ("cuda" if devices else "cpu"))
     except RuntimeError:

@@ -43,8 +43,7 @@ def check_settings(temperature: float, top_k: int, top_p: float, guidance: float
     # No one needs more than 1000, and far beyond it float32 ends.
     for name, value, high in (("temperature", temperature, 1000), ("top_p", top_p, 1),
                               ("guidance", guidance, 1000)):
-        if (not isinstance(value, Real) or isinstance(value, bool)
-                or not 0 <= value <= high):
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= high:
             raise ValueError(f"{name} must be a number from 0 to {high}, got {value!r}")
 
 
@@ -175,10 +174,11 @@ class Sampler:
                 for i in range(config.block_size):
                     block.advance(i)
                 if not block.largest.isfinite():
-                    whole_range = self.gpt.position.dtype is torch.float32
-                    raise FloatingPointError("the GPT's logits are not finite: its weights " + (
-                        "are damaged, make the bundle again" if whole_range else
-                        f"do not fit {self.gpt.position.dtype}, use float32"))
+                    dtype = self.gpt.position.dtype
+                    fault = ("are damaged, make the bundle again" if dtype is torch.float32
+                             else f"do not fit {dtype}, use float32")
+                    raise FloatingPointError("the GPT's logits are not finite: its weights "
+                                             + fault)
                 result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 

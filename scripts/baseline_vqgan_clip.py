@@ -25,7 +25,7 @@ from tqdm import tqdm
 from clipgen import ClipGen
 from clipgen.pipeline import to_image
 from scripts import evaluate, metrics
-from scripts.arguments import number, positive
+from scripts.arguments import number, positive, seed
 from scripts.judge import Judge, draw_labelled, load_judge, share
 from scripts.prompts import held_out_labels, texts_of
 from scripts.sheet import sheet
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict:
     p.add_argument("--steps", type=positive, default=300, help="of Adam, for each image (300)")
     p.add_argument("--cuts", type=positive, default=8, help="cut-outs in a step (8)")
     p.add_argument("--rate", type=number(float, 1e-6, 10), default=0.1, help="of Adam (0.1)")
-    p.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
+    p.add_argument("--seed", type=seed, default=0)
     p.add_argument("--sheet", type=Path, metavar="PNG",
                    help="write the images of both of the first 8 texts here")
     a = p.parse_args(arguments)

@@ -15,9 +15,8 @@ import json
 import sys
 from importlib import import_module
 
-import torch
-
 from clipgen import is_out_of_memory
+from clipgen.pipeline import find_device
 
 # Each is the file benchmark_NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
@@ -25,10 +24,11 @@ COMMANDS = ("train", "sample", "serve", "start")
 
 
 def settle(a: argparse.Namespace) -> bool:
-    """Fill in device and size where they are not given; whether the device is CUDA."""
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: there is no CUDA device here; give --device cpu")
-    a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Fill in device and size where they are not given; whether the device is CUDA.
+
+    ValueError: a device that is not here.
+    """
+    a.device = find_device(a.device).type
     a.size = a.size or ("published" if a.device == "cuda" else "weights/emoji")
     return a.device == "cuda"
 
@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     given = p.parse_args(arguments)
     command = import_module(f"scripts.benchmark_{given.command}")
-    a = command.parse(given.arguments)
     try:
+        a = command.parse(given.arguments)
         result = command.measure(a)
     except ValueError as error:
         raise SystemExit(str(error)) from None

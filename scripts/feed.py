@@ -27,7 +27,9 @@ def open_parts(source: str, validation: str | None, held_out: float,
         held = part or train
     if held is None:
         images, held = split(images, held_out)
-    return images, held.subset(by_hash(held)), images.fingerprint()
+    else:
+        held = held.subset(by_hash(held))
+    return images, held, images.fingerprint()
 
 
 def refuse_inside(source: str, **directories: Path) -> None:

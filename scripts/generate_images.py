@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scripts.arguments import number
+from scripts.arguments import number, seed
 
 # torch and clipgen are imported once the arguments are known to be good: they take seconds.
 
@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--num", type=number(int, 1, 4096), default=4, help="images to keep (4)")
     add("--candidates", type=number(int, 1, 4096), default=16,
         help="images to draw; the best --num are kept (16; raised to --num)")
-    add("--seed", type=number(int, 0, 2**31 - 1), help="whole number (default: a random one)")
+    add("--seed", type=seed, help="whole number (default: a random one)")
     add("--temperature", type=number(float, 0, 4),
         help=f"higher is more varied, 0 the single likeliest {own}")
     add("--top-k", type=number(int, 0, 2**31 - 1),

@@ -204,7 +204,7 @@ def _open_all(paths: Sequence[str], source: str) -> Images:
         raise ValueError(f"{source} holds no image ({', '.join(ENDINGS)}){hint}")
     if others:
         _say(f"{source}: not used, as these are no images that can be read here: "
-             + ", ".join(f"{others[e]:,} {e}" for e in sorted(others, key=lambda e: -others[e])))
+             + ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(9)))
     order = sorted(range(len(names)), key=names.__getitem__)
     return Images(names, on_disk, np.concatenate(places)).subset(order)
 
@@ -332,8 +332,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
         for number, line in enumerate(text.split("\n"), 1):
             name, tab, caption = line.partition("\t")
             if tab and caption.strip():
-                table.setdefault(clean(name.strip()), []).append(
-                    shown(caption.strip()))
+                table.setdefault(clean(name.strip()), []).append(shown(caption.strip()))
             elif line.strip():
                 raise ValueError(f"{path}, line {number} is not NAME<TAB>caption: "
                                  f"{line[:60]!r}")

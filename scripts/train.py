@@ -144,8 +144,8 @@ def main(arguments: list[str] | None = None) -> dict:
     try:
         return Stages(a, accelerator, plan, began).run(images, held)
     except OSError as error:
-        raise SystemExit(f"{error.filename or a.run} cannot be used ({error.strerror}): mend that, "
-                         "and the same command goes on") from None
+        raise SystemExit(f"{error.filename or a.run} cannot be used ({error.strerror or error}): "
+                         "mend that, and the same command goes on") from None
 
 
 def settings_of(a: argparse.Namespace) -> dict[str, str]:

@@ -143,7 +143,7 @@ def test_sample_without_transformers_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_a_device_that_is_not_there_is_one_sentence(command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="^--device cuda: .*--device cpu$"):
+    with pytest.raises(SystemExit, match="^device cuda: PyTorch sees 0"):
         benchmark.main([command, "--device", "cuda"])
 
 

@@ -12,7 +12,8 @@ import torch
 
 from clipgen import ClipGen
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts import train_vqgan
+from scripts import train_clip, train_vqgan
+from scripts.discriminator import Discriminator
 from scripts.images import open_images
 from scripts.optimise import learning_rate
 from scripts.parts import CODES, fingerprint, load_vqgan
@@ -123,6 +124,16 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
 def test_what_cannot_be_trained_is_said_in_a_sentence(folder, tmp_path, arguments, sentence):
     with pytest.raises(SystemExit, match=sentence):
         train_vqgan.main([str(folder), "--run", str(tmp_path / "v"), *arguments])
+
+
+def test_the_text_tower_has_heads_of_32(folder, tmp_path):
+    with pytest.raises(SystemExit, match="--text-width 100 is no multiple of 32"):
+        train_clip.main([str(folder), "--run", str(tmp_path / "c"), "--text-width", "100"])
+
+
+@pytest.mark.parametrize("channels", [1, 6, 32])
+def test_a_discriminator_may_have_any_width(channels):
+    assert Discriminator(channels)(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "random"])
