@@ -182,7 +182,7 @@ def evaluate(a: argparse.Namespace) -> dict:
 
         scores |= world_scores.text_scores(judge, prompts, generated, first)
         scores |= world_scores.paired_scores(judge, prompts, first, again, size, a.seed)
-        scores |= world_scores.quality_scores(model, judge, prompts, generated, size, a.seed)
+        scores |= world_scores.quality_scores(model, judge, prompts, generated, first, size, a.seed)
     if network:
         scores |= distances(network, generated, real, other, device)
     result = {

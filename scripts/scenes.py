@@ -2,12 +2,13 @@
 
 An image source for every script of this folder, drawn when asked for:
 
-    scenes:COUNT[,objects=N][,size=64][,first=0][,held-out]
+    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=20][,held-out]
 
-COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on.  One
-(object, place) in ten is held out: it appears only with `held-out`, where every scene has such a
-pair.  `train_clip` learns from the captions; `encode_images` embeds some, to measure the gap
-between texts and images with, and for `train_gpt --subtract-means`.
+COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
+of a hundred show two things.  One (object, place) in ten is held out: it appears only with
+`held-out`, where every scene has such a pair.  `train_clip` learns from the captions;
+`encode_images` embeds some, to measure the gap between texts and images with, and for `train_gpt
+--subtract-means`.
 
     python -m scripts.scenes runs/sheet.png [--objects N] [--size 128]      64 scenes to look at
 """
@@ -20,7 +21,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 
 from scripts.arguments import number, positive
 from scripts.painter import LIGHT, Painter
-from scripts.world import OBJECTS, Labels, draw_labels, is_held_out, write_caption
+from scripts.world import OBJECTS, PAIR_SHARE, Labels, draw_labels, is_held_out, write_caption
 
 Sprites = Mapping[str, Image.Image]  # object name -> RGBA picture
 SMOOTH = 2  # drawn at so many times the size, then reduced
@@ -113,25 +114,28 @@ class Scenes:
     objects: int = len(OBJECTS)
     size: int = 64
     held_out: bool | None = False  # None: whatever comes
+    pairs: int = round(100 * PAIR_SHARE)  # in a hundred: scenes of two things
 
     @classmethod
     def parse(cls, text: str) -> Scenes:
         """Of what follows `scenes:`.  ValueError: it is not as the module says."""
         count, *rest = text.split(",")
-        values = dict(objects=len(OBJECTS), size=64, first=0)
+        values = dict(objects=len(OBJECTS), size=64, first=0, pairs=cls.pairs)
         held_out = "held-out" in rest
         for part in rest:
             name, equals, value = part.partition("=")
             known = name in values and re.fullmatch("[0-9]{1,9}", value)
             if part != "held-out" and not known:
-                raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N "
-                                 "and held-out")
+                raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N, "
+                                 "pairs=PERCENT and held-out")
             if equals:
                 values[name] = int(value)
         if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
             raise ValueError(f"scenes:{text}: {count!r} is no number of scenes")
         if not 2 <= values["objects"] <= len(OBJECTS) or values["size"] < 8:
             raise ValueError(f"scenes:{text}: objects from 2 to {len(OBJECTS)}, size from 8")
+        if values["pairs"] > 100:
+            raise ValueError(f"scenes:{text}: pairs, of a hundred scenes, from 0 to 100")
         find_font()
         first = values.pop("first")
         return cls(range(first, first + int(count)), held_out=held_out, **values)
@@ -146,7 +150,7 @@ class Scenes:
     def drawn_labels(self, i: int) -> Labels:
         rng = np.random.default_rng([self.seeds[i], 1])
         while True:
-            labels = draw_labels(rng, self.objects)
+            labels = draw_labels(rng, self.objects, self.pairs / 100)
             if self.held_out is None or is_held_out(labels) == self.held_out:
                 return labels
 
@@ -165,12 +169,12 @@ class Scenes:
 
     def subset(self, indices: Iterable[int]) -> Scenes:
         seeds = tuple(self.seeds[int(i)] for i in indices)
-        return Scenes(seeds, self.objects, self.size, self.held_out)
+        return replace(self, seeds=seeds)
 
     def fingerprint(self) -> str:
         first, last = self.seeds[0], self.seeds[-1]
         return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
-                f"held out: {self.held_out}")
+                f"held out: {self.held_out}, pairs: {self.pairs}")
 
 
 def main() -> None:

@@ -334,11 +334,12 @@ def is_held_out(labels: Labels) -> bool:
     return any((name, labels.place) in HELD_OUT for name in labels.objects)
 
 
-def draw_labels(rng: np.random.Generator, objects: int) -> Labels:
-    """Of a world with the first so many objects, held out or not."""
+def draw_labels(rng: np.random.Generator, objects: int,
+                pair_share: float = PAIR_SHARE) -> Labels:
+    """Of a world with the first so many objects, held out or not; two things in `pair_share`."""
     names = list(OBJECTS)[:objects]
     first, second = (names[i] for i in rng.integers(len(names), size=2))
-    if rng.random() < PAIR_SHARE:
+    if rng.random() < pair_share:
         chosen = (first, first) if rng.random() < TWINS else (first, second)
     else:
         chosen = (first,)

@@ -80,12 +80,13 @@ def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample,
 
 
 @torch.no_grad()
-def quality_scores(model: ClipGen, judge: Judge, prompts: Prompts, best: Tensor, size: int,
-                   seed: int) -> dict[str, float]:
-    """The VQGAN's copies of held-out renders, and Fréchet distances on the judge's features.
+def quality_scores(model: ClipGen, judge: Judge, prompts: Prompts, best: Tensor, first: Tensor,
+                   size: int, seed: int) -> dict[str, float]:
+    """The VQGAN's copies of held-out renders, and Fréchet distances on the judge's features: of the
+    best of the candidates, the first of them, those copies and what is copied.
 
-    Both distances are to the same real renders, which are neither copied nor sampled from; "real"
-    is that of the renders that are copied, the least there can be with so few.
+    All distances are to the same real renders, which are neither copied nor sampled from; the
+    last, "real", is the least there can be with so few.
     """
     n = len(prompts.ones)
     if n <= judge.dimensions:
@@ -101,9 +102,10 @@ def quality_scores(model: ClipGen, judge: Judge, prompts: Prompts, best: Tensor,
         return torch.cat([judge.embed(part.float() / 255) for part in images.split(64)]).numpy()
 
     real = features(others)
-    distance, of_copies, of_real = (metrics.frechet_distance(features(images), real)
-                                    for images in (best[:n], copies, originals))
+    distance, of_first, of_copies, of_real = (
+        metrics.frechet_distance(features(images), real)
+        for images in (best[:n], first[:n], copies, originals))
     return {"psnr_db": copied["psnr_db"], "codebook_usage": copied["codebook_usage"],
-            "judge_frechet": distance, "judge_frechet_of_copies": of_copies,
-            "judge_frechet_real": of_real,
+            "judge_frechet": distance, "judge_frechet_one_candidate": of_first,
+            "judge_frechet_of_copies": of_copies, "judge_frechet_real": of_real,
             "frechet_ratio": distance / of_copies}

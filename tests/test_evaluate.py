@@ -142,6 +142,7 @@ def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
     assert result["text_over_image"] >= 0 and 0 < result["psnr_db"] < 30
     assert result["frechet_ratio"] == pytest.approx(
         result["judge_frechet"] / result["judge_frechet_of_copies"], rel=1e-3)
+    assert 0 < result["judge_frechet_one_candidate"] != result["judge_frechet"]
     assert err.count("wrong ") == 6  # a random model gets none right
     with Image.open(tmp_path / "a" / "sheet.png") as page:
         assert page.width > 5 * 128 and np.asarray(page).min() == 0

@@ -151,11 +151,24 @@ def test_scenes_are_an_image_source(sprites):
     assert all(world.is_held_out(held.drawn_labels(i)) for i in range(50))
 
 
+def test_so_many_scenes_of_a_hundred_show_two_things(sprites):
+    shares = {}
+    for pairs in (None, 0, 60, 100):
+        images, _ = open_images("scenes:400" + (f",pairs={pairs}" if pairs is not None else ""))
+        assert images.subset([5]).labels(0) == images.labels(5)
+        shares[pairs] = np.mean([len(images.labels(i)["objects"]) == 2 for i in range(400)])
+    assert shares[0] == 0 and shares[100] == 1
+    assert abs(shares[None] - 0.2) < 0.07 and abs(shares[60] - 0.6) < 0.09
+    parted = {open_images(f"scenes:9,pairs={p}")[0].fingerprint() for p in (20, 60)}
+    assert len(parted | {open_images("scenes:9")[0].fingerprint()}) == 2
+
+
 @pytest.mark.parametrize("source, sentence", [
     ("scenes:", "is no number of scenes"), ("scenes:0", "'0' is no number"),
     ("scenes:-5", "'-5' is no number"), ("scenes:9,object=3", "'object=3' is none of"),
     ("scenes:9,objects=1", "objects from 2 to"), ("scenes:9,size=4", "size from 8"),
-    ("scenes:9,objects=999", "objects from 2 to"), ("scenes:9,size=x", "'size=x' is none of")])
+    ("scenes:9,objects=999", "objects from 2 to"), ("scenes:9,size=x", "'size=x' is none of"),
+    ("scenes:9,pairs=101", "from 0 to 100"), ("scenes:9,pairs=-1", "'pairs=-1' is none of")])
 def test_what_is_no_source_is_one_sentence(sprites, source, sentence):
     with pytest.raises(ValueError, match="scenes:.*" + sentence):
         open_images(source)
