@@ -126,7 +126,7 @@ class VQGANTraining:
         if device.type == "cuda" or not vqgan.config.norm_groups:
             self.vqgan.to(memory_format=torch.channels_last)
         self.perceptual = perceptual.to(device) if perceptual else None
-        self.judge = Discriminator(a.gan_channels).to(device)
+        self.discriminator = Discriminator(a.gan_channels).to(device)
         self.feed = Feed(images, vqgan.config.image_size, a, accelerator, steps)
         optimizer = adamw(self.vqgan, a.lr, 1e-4)
         self.average = Average(self.vqgan, a.ema)
@@ -139,8 +139,8 @@ class VQGANTraining:
         self.restart_every = max(10, min(100, steps // 20))
         self.wrapped, self.optimizer = accelerator.prepare(
             Autoencoder(self.vqgan, a.commitment), optimizer)
-        self.wrapped_judge, self.judge_optimizer = accelerator.prepare(
-            self.judge, adamw(self.judge, a.lr, 1e-4))
+        self.wrapped_discriminator, self.discriminator_optimizer = accelerator.prepare(
+            self.discriminator, adamw(self.discriminator, a.lr, 1e-4))
 
     def step(self, step: int) -> dict[str, Tensor]:
         a, accelerator = self.a, self.accelerator
@@ -159,11 +159,11 @@ class VQGANTraining:
             loss = loss + a.perceptual * values["perceptual"]
         adversarial = step >= self.gan_start
         if adversarial:
-            self.judge.requires_grad_(False)
+            self.discriminator.requires_grad_(False)
             with accelerator.autocast():
-                values["gan"] = -self.judge(result * 2 - 1).float().mean()
-            self.judge.requires_grad_(True)
-            # A fresh judge knows nothing: its word comes to count by and by.
+                values["gan"] = -self.discriminator(result * 2 - 1).float().mean()
+            self.discriminator.requires_grad_(True)
+            # A fresh discriminator knows nothing: its word comes to count by and by.
             weight = a.gan * min(1.0, (step - self.gan_start) / self.gan_warmup)
             if a.gan_weight == "adaptive":
                 values["adaptive"] = adaptive_weight(
@@ -178,9 +178,11 @@ class VQGANTraining:
         self.update(self.optimizer, self.vqgan, loss, rate, values, "gradient")
         if adversarial:
             with accelerator.autocast():
-                both = self.wrapped_judge(torch.cat([pixels, result.detach()]) * 2 - 1).float()
-            values["judge"] = hinge_loss(*both.chunk(2))
-            self.update(self.judge_optimizer, self.judge, values["judge"], 0.5 * rate, values)
+                images = torch.cat([pixels, result.detach()]) * 2 - 1
+                both = self.wrapped_discriminator(images).float()
+            values["discriminator"] = hinge = hinge_loss(*both.chunk(2))
+            self.update(self.discriminator_optimizer, self.discriminator, hinge, 0.5 * rate,
+                        values)
         self.average.update(self.vqgan, step)
         counts = torch.bincount(codes.flatten(), minlength=len(self.used)).float()
         self.used += accelerator.reduce(counts, "sum")
@@ -223,17 +225,17 @@ class VQGANTraining:
 
     def state(self) -> dict[str, Any]:
         return {"model": self.vqgan.state_dict(), "average": self.average.state,
-                "discriminator": self.judge.state_dict(), "used": self.used,
+                "discriminator": self.discriminator.state_dict(), "used": self.used,
                 "optimizer": self.optimizer.state_dict(),
-                "discriminator_optimizer": self.judge_optimizer.state_dict()}
+                "discriminator_optimizer": self.discriminator_optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.vqgan.load_state_dict(state["model"])
-        self.judge.load_state_dict(state["discriminator"])
+        self.discriminator.load_state_dict(state["discriminator"])
         self.average.load(state["average"])
         self.used.copy_(state["used"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.judge_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
     def validate(self, count: int = 256) -> tuple[dict[str, float], dict[str, Image.Image]]:
         self.evaluated.load_state_dict(self.average.state)
@@ -279,7 +281,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--gan-weight", choices=("fixed", "adaptive"), default="fixed",
         help="adaptive: times the ratio of gradients at the decoder's last layer")
     add("--gan-start", type=share, default=0.6,
-        help="share of the steps without a judge (0.6)")
+        help="share of the steps without a discriminator (0.6)")
     add("--gan-channels", type=positive, default=32, help="of the discriminator (32)")
     if p.parse_known_args(arguments)[0].published:
         p.set_defaults(**PUBLISHED)
