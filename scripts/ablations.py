@@ -92,7 +92,8 @@ def train(variant: str, quantiser: str, seed: int,
         str(parts / "shards"), "--run", str(run), "--vqgan", vqgan, "--clip", a.clip,
         "--steps", str(a.steps), "--warmup", str(a.steps // 10), "--seed", str(seed),
         "--validations", "1", *f"{GPT} {VARIANTS[variant]}".split()])
-    make_bundle.main([str(run / "bundle"), "--clip", a.clip, "--vqgan", vqgan, "--gpt", str(run)])
+    make_bundle.main([str(run / "bundle"), "--clip", a.clip, "--vqgan", vqgan, "--gpt", str(run),
+                      "--guidance", "1", "--top-p", "1", "--force"])
     return run / "bundle", {"token_ce": scores["token_ce"],
                             "training_seconds": time.perf_counter() - began}
 

@@ -35,6 +35,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clipgen import ClipGen
+from clipgen import ClipGen, is_out_of_memory
 from clipgen.clip import CLIP, IMAGES_PER_PASS
 from clipgen.pipeline import find_device, to_image
 from clipgen.sampling import SEEDS
@@ -89,7 +90,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--condition", choices=("texts", "images"), help="what images are sampled from "
                    "(default: texts; images where --images is given and --prompts is not)")
     p.add_argument("--count", type=number(int, 1, 10**9), help="at most so many texts or images "
-                   f"(default: all; {COCO_TEXTS} of COCO; {OWN_IMAGES} for --condition images)")
+                   f"(default: all; {COCO_TEXTS} of COCO; for --condition images half of them, or "
+                   f"{OWN_IMAGES})")
     p.add_argument("--features", choices=("inception", "clip", "judge"), help="network of the "
                    "distances (default: inception, with torch-fidelity and its weights, else clip)")
     p.add_argument("--score-clip", metavar="CLIP", help="CLIP of CLIP score and --features clip: "
@@ -136,8 +138,13 @@ def main(arguments: list[str] | None = None) -> dict:
     a = parse_arguments(arguments)
     try:
         result = evaluate(a)
-    except ValueError as error:  # one sentence: what is wrong and what to do
+    except (ValueError, FloatingPointError) as error:  # a sentence: what is wrong, what to do
         raise SystemExit(str(error)) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SystemExit(f"out of memory with --candidates {a.candidates}: try a lower number, or "
+                         "fewer texts or images (--count)") from None
     columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
     print_table([*columns.values()], [[result[key] for key in columns]])
     print(json.dumps(result))
@@ -151,6 +158,8 @@ def evaluate(a: argparse.Namespace) -> dict:
     """Everything between the arguments and the result."""
     began = time.time()
     count = world_size(a.prompts) if a.condition == "texts" else None
+    if count and a.count == 1:
+        raise ValueError("--count 1: the number of texts starts at 2")
     judge = load_judge() if count else None
     prompts = world_scores.Prompts.draw(min(count, a.count or count), len(judge.objects),
                                         a.seed) if judge else None
@@ -187,7 +196,8 @@ def evaluate(a: argparse.Namespace) -> dict:
         scores |= distances(network, generated, real, other, device)
     result = {
         "bundle": str(a.bundle), "condition": a.condition, "prompts": a.prompts, "images": a.images,
-        **{name: float(f"{score:.5g}") for name, score in scores.items()},
+        # A share of nothing, of texts that all leave the time open, is no number.
+        **{name: float(f"{score:.5g}") for name, score in scores.items() if not isnan(score)},
         "n_prompts": len(prompts.ones if prompts else texts),
         "n_objects": judge and len(judge.objects),
         "judge_dimensions": judge and judge.dimensions, **known,

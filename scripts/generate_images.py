@@ -134,14 +134,18 @@ def write(images: list, folder: Path, suffix: str) -> list[Path]:
         try:
             for image, path in zip(images, hidden, strict=True):
                 image.image.save(path, format=PILLOW_FORMATS[suffix], quality=95)
-            for path in folder.iterdir():
-                if path not in hidden and OURS.fullmatch(path.name):
-                    path.unlink()
             for path, final in zip(hidden, paths, strict=True):
                 os.replace(path, final)
         finally:
             for path in hidden:
                 path.unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path not in paths and OURS.fullmatch(path.name) and path.is_file():
+                try:
+                    path.unlink()
+                except OSError as error:
+                    print(f"clipgen: {path}, of an earlier run, stays: {error.strerror}",
+                          file=sys.stderr)
     return paths
 
 

@@ -12,16 +12,32 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from clipgen.bundle import BundleError, SamplingDefaults, save_bundle
-from scripts.parts import CODES, fingerprint, load_clip, load_gpt, load_vqgan, read_json
+from clipgen.bundle import BundleError, SamplingDefaults, load_bundle, save_bundle
+from clipgen.gpt import GPT
+from scripts.arguments import number
+from scripts.parts import (
+    CODES,
+    fingerprint,
+    load_clip,
+    load_gpt,
+    load_vqgan,
+    of_bundle,
+    read_json,
+)
+
+GUIDED = SamplingDefaults(guidance=2.0, top_p=0.95)  # as the default bundle's, a little gentler
+SETTINGS = ("temperature", "top_k", "top_p", "guidance")
 
 
-def made_of(gpt: Path) -> dict:
-    """What a GPT's shards were encoded with."""
-    if (gpt / "config.json").is_file():
-        return {"clip_sha256": fingerprint(load_clip(gpt)), "means": None,
-                "vqgan_sha256": fingerprint(load_vqgan(gpt), *CODES)}
-    return read_json(gpt, "shards.json", "a bundle nor a finished run of train_gpt")
+def gpt_of(source: Path) -> tuple[GPT, dict, SamplingDefaults]:
+    """A GPT, what its shards were encoded with, and settings that it can be sampled with."""
+    if (source / "config.json").is_file():
+        bundle = of_bundle(load_bundle, source)
+        return bundle.gpt, {"clip_sha256": fingerprint(bundle.clip), "means": None,
+                            "vqgan_sha256": fingerprint(bundle.vqgan, *CODES)}, bundle.sampling
+    gpt = load_gpt(source)
+    sampling = GUIDED if gpt.config.null_embedding else replace(GUIDED, guidance=1.0)
+    return gpt, read_json(source, "shards.json", "gpt"), sampling
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -32,13 +48,19 @@ def main(arguments: list[str] | None = None) -> dict:
     p.add_argument("--vqgan", required=True, help="run of train_vqgan, or bundle")
     p.add_argument("--gpt", type=Path, required=True, help="run of train_gpt, or bundle")
     p.add_argument("--trained-on", default="", help="what config.json says of the data")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-k", type=int, default=0)
-    p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--guidance", type=float, default=1.0)
+    p.add_argument("--temperature", type=number(float, 0, 1000), help="(1)")
+    p.add_argument("--top-k", type=number(int, 0, 2**31 - 1), help="(0: all codes)")
+    p.add_argument("--top-p", type=number(float, 0, 1), help=f"({GUIDED.top_p})")
+    p.add_argument("--guidance", type=number(float, 0, 1000), help=f"({GUIDED.guidance:g}, or 1 "
+                   "without a null embedding; where --gpt is a bundle, it and the three above are "
+                   "the bundle's own)")
+    p.add_argument("--force", action="store_true", help="replace the bundle in the directory")
     a = p.parse_args(arguments)
-    clip, vqgan, gpt = load_clip(a.clip), load_vqgan(a.vqgan), load_gpt(a.gpt)
-    manifest = made_of(a.gpt)
+    if (a.out / "config.json").exists() and not a.force:
+        raise SystemExit(f"{a.out} holds a bundle already: give another directory, or --force to "
+                         "replace it")
+    clip, vqgan, (gpt, manifest, sampling) = load_clip(a.clip), load_vqgan(a.vqgan), gpt_of(a.gpt)
+    given = {name: getattr(a, name) for name in SETTINGS if getattr(a, name) is not None}
     for name, path, found in (("clip", a.clip, fingerprint(clip)),
                               ("vqgan", a.vqgan, fingerprint(vqgan, *CODES))):
         if manifest[f"{name}_sha256"] != found:
@@ -49,7 +71,7 @@ def main(arguments: list[str] | None = None) -> dict:
                               image_embedding_mean=means["image"])
     try:
         save_bundle(a.out, clip=clip, vqgan=vqgan, gpt=gpt, trained_on={"data": a.trained_on},
-                    sampling=SamplingDefaults(a.temperature, a.top_k, a.top_p, a.guidance))
+                    sampling=replace(sampling, **given))
     except (BundleError, ValueError) as error:
         raise SystemExit(str(error)) from None
     except OSError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,11 +31,7 @@ def load_clip(source: str | Path) -> CLIP:
     if (directory / "config.json").is_file():
         return of_bundle(bundle.load_clip, directory)
     if directory.is_dir():
-        data = read_json(directory, "clip.json", "a bundle nor a finished run of train_clip")
-        vocabulary = None if data["vocabulary"] is None else tuple(data["vocabulary"])
-        clip = CLIP(CLIPConfig(model=data["model"], vocabulary=vocabulary))
-        clip.load_state_dict(load_file(directory / "clip.safetensors"))
-        return clip.eval()
+        return of_run(directory, "clip", lambda data: CLIP(CLIPConfig(**data)))
     return clip_of_open_clip(str(source))
 
 
@@ -50,8 +47,10 @@ def clip_of_open_clip(name: str) -> CLIP:
     try:
         module, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained)
     except Exception as error:  # open_clip, its hub and the network raise many kinds
-        raise SystemExit(f"CLIP {name} cannot be had ({error!s:.120}): check the network, or give "
-                         "the CLIP of a bundle, as in --clip weights/emoji") from None
+        what = (f"check that {pretrained} is a checkpoint of {architecture}"
+                if Path(pretrained).is_file() else "check the network")
+        raise SystemExit(f"CLIP {name} cannot be had ({error!s:.120}): {what}, or give a bundle "
+                         "for its CLIP, as weights/emoji") from None
     finally:
         logging.disable(logging.NOTSET)
     model = {key: value for key, value in open_clip.get_model_config(architecture).items()
@@ -72,10 +71,7 @@ def load_vqgan(source: str | Path) -> VQGAN:
     directory = Path(source)
     if (directory / "config.json").is_file():
         return of_bundle(bundle.load_vqgan, directory)
-    data = read_json(directory, "vqgan.json", "a bundle nor a finished run of train_vqgan")
-    vqgan = VQGAN(VQGANConfig(**data))
-    vqgan.load_state_dict(load_file(directory / "vqgan.safetensors"))
-    return vqgan.eval()
+    return of_run(directory, "vqgan", lambda data: VQGAN(VQGANConfig(**data)))
 
 
 def load_gpt(source: str | Path) -> GPT:
@@ -83,10 +79,7 @@ def load_gpt(source: str | Path) -> GPT:
     directory = Path(source)
     if (directory / "config.json").is_file():
         return of_bundle(bundle.load_bundle, directory).gpt
-    data = read_json(directory, "gpt.json", "a bundle nor a finished run of train_gpt")
-    gpt = GPT(GPTConfig(**data))
-    gpt.load_state_dict(load_file(directory / "gpt.safetensors"))
-    return gpt.eval()
+    return of_run(directory, "gpt", lambda data: GPT(GPTConfig(**data)))
 
 
 def of_bundle(load: Callable[[Path], Any], directory: Path) -> Any:
@@ -96,11 +89,31 @@ def of_bundle(load: Callable[[Path], Any], directory: Path) -> Any:
         raise SystemExit(str(error)) from None
 
 
-def read_json(directory: Path, name: str, otherwise: str) -> Any:
+def of_run(directory: Path, part: str, build: Callable[[dict], nn.Module]) -> Any:
+    """The part that a finished run left there; `build` makes it, without values, of its JSON."""
+    data, path = read_json(directory, f"{part}.json", part), directory / f"{part}.safetensors"
+    try:
+        module = build(data)
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        raise SystemExit(damaged(path, error)) from None
+    return module.eval()
+
+
+def read_json(directory: Path, name: str, part: str) -> Any:
     path = directory / name
     if not path.is_file():
-        raise SystemExit(f"{directory} is neither {otherwise}: it has no {name}")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise SystemExit(f"{directory} is neither a bundle nor a finished run of train_{part}: it "
+                         f"has no {name}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(damaged(path, error)) from None
+
+
+def damaged(path: Path, error: Exception) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"{path} is damaged ({reason}): copy that run again, or train anew"
 
 
 def fingerprint(module: nn.Module, *parts: str) -> str:

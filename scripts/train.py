@@ -33,7 +33,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from clipgen.bundle import BundleError, SamplingDefaults, load_bundle, refuse_other_files
+from clipgen.bundle import BundleError, load_bundle, refuse_other_files
 from clipgen.pipeline import to_image
 from scripts import (
     checkpoints,
@@ -55,7 +55,6 @@ from scripts.views import least_side
 
 # Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
 SHARES = {"vqgan": 0.5, "encode": 0.08, "gpt": 0.25, "evaluate": 0.08}
-GUIDANCE, TOP_P = 2.0, 0.95  # those that suited the default bundle, a little gentler
 EVALUATED = 200  # held-out images that samples are compared with
 MOST_CROPS, MOST_ENCODING = 16, 0.3  # views of an image; share of --time
 
@@ -343,16 +342,14 @@ class Stages:
 
     def bundle(self) -> None:
         """A bundle that was fine-tuned keeps its own sampling settings."""
-        a = self.a
-        sampling = SamplingDefaults(guidance=GUIDANCE, top_p=TOP_P)
+        a, settings = self.a, {}
         if not self.new:
-            sampling = load_bundle(a.start_from).sampling
-        settings = [text for name, value in asdict(sampling).items()
-                    for text in (f"--{name.replace('_', '-')}", str(value))]
+            settings = asdict(load_bundle(a.start_from).sampling)
         make_bundle.main([
-            str(a.out), "--clip", a.clip, "--vqgan", self.vqgan, "--gpt", str(self.gpt),
+            str(a.out), "--clip", a.clip, "--vqgan", self.vqgan, "--gpt", str(self.gpt), "--force",
             "--trained-on", shown(f"{self.plan.n_images} images of {Path(a.images).name}"),
-            *settings])
+            *(text for name, value in settings.items()
+              for text in (f"--{name.replace('_', '-')}", str(value)))])
 
     def evaluate(self, held: Images) -> dict:
         """Samples from the embeddings of held-out images, or of their captions, beside them."""

@@ -72,14 +72,14 @@ def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
         "clip": f"train_clip scenes:60000,{world} --validation "
                 f"scenes:2000,{world},{VALIDATION} --run {clip} {preset.clip}",
         "vqgan": f"train_vqgan {scenes} {held} --run {vqgan} --clip {clip} {exact} {preset.vqgan}",
-        "encode": f"encode_images {scenes} {shards} --clip {clip} --vqgan {vqgan} --held-out 0.01 "
-                  f"--crops 1 {exact} {preset.encode}",
+        "encode": f"encode_images {scenes} {shards} --validation scenes:1000,{world},{VALIDATION} "
+                  f"--clip {clip} --vqgan {vqgan} --crops 1 {exact} {preset.encode}",
         "gpt": f"train_gpt {shards} --run {gpt} --vqgan {vqgan} --noise 0.4 {preset.gpt}",
         # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
         "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
                    f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
         "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
-                  f"--guidance 3 --top-p 0.95 --trained-on {scenes}"}
+                  f"--guidance 3 --top-p 0.95 --force --trained-on {scenes}"}
 
 
 def run_part(command: str, end: float) -> int:

@@ -232,6 +232,7 @@ def test_another_clip_can_score(bundle, tmp_path, capsys):
     (["--prompts", "TMP/one.txt", "--images", "TMP/two"], "2 samples, got 2 and 1"),
     (["--prompts", "TMP/one.txt", "--score-clip", "none"], "none is no bundle"),
     (["--prompts", "TMP/one.txt", "--guidance", "2"], "guidance 2.0 needs a GPT that was trained"),
+    (["--prompts", "5", "--count", "1"], "--count 1: the number of texts starts at 2"),
     (["--prompts", "5"], "not trained on the world of scripts.scenes, its CLIP never saw 'a"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys):
@@ -248,6 +249,32 @@ def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys):
     out, err = capsys.readouterr()
     last = err.splitlines()[-1] if stop.value.code == 2 else str(stop.value)
     assert sentence in last and out == "" and "\n" not in last
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (FloatingPointError("the GPT's logits are not finite"), "^the GPT's logits are not finite$"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     "^out of memory with --candidates 3: try a lower number"),
+    (MemoryError(), "^out of memory with --candidates 3")])
+def test_what_goes_wrong_in_sampling_is_one_sentence(bundle, tmp_path, monkeypatch, error,
+                                                     sentence):
+    def fail(*_, **__):
+        raise error
+
+    (tmp_path / "texts.txt").write_text("night\nday\n")
+    monkeypatch.setattr(ClipGen, "sample", fail)
+    with pytest.raises(SystemExit, match=sentence):
+        evaluate.main([str(bundle), "--prompts", str(tmp_path / "texts.txt"), "--candidates", "3",
+                       "--device", "cpu"])
+
+
+def test_a_share_of_nothing_is_left_out(bundle, monkeypatch, capsys):
+    monkeypatch.setattr(scenes, "emoji_sprites", drawn_sprites)
+    monkeypatch.setattr(judge, "emoji_sprites", drawn_sprites)
+    monkeypatch.setattr(evaluate.world_scores, "judged_on_renders", lambda *_: 1.0)
+    # Both texts are about the moon, whose sky tells no time.
+    result, _, _ = run(capsys, bundle, "--prompts", 2, "--seed", 61, "--candidates", 1)
+    assert "time_right" not in result and 0 <= result["place_right"] <= 1
 
 
 def test_a_bundle_that_is_none_is_one_sentence(tmp_path):

@@ -206,6 +206,27 @@ def test_a_write_that_fails_leaves_the_earlier_images(generate, monkeypatch):
     assert files() == before
 
 
+def test_an_earlier_image_that_cannot_be_removed_costs_no_other(generate, monkeypatch):
+    assert generate("--num", "3", "--seed", "1")[0] == 0
+    old, unlink = sorted(files()), Path.unlink
+
+    def kept(self, *args, **options):
+        if self.name == old[1]:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(self, *args, **options)
+
+    Path("out/image-9-seed-1.png").mkdir()  # a folder is nobody's image
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kept)
+        status, output, errors = generate("--num", "2", "--seed", "50")
+    Path("out/image-9-seed-1.png").rmdir()
+    made = [line.split()[0].removeprefix("out/") for line in output.splitlines()]
+    assert status == 0 and len(made) == 2
+    assert errors == (f"clipgen: out/{old[1]}, of an earlier run, stays: "
+                      "Operation not permitted\n")
+    assert sorted(files()) == sorted([*made, old[1]])
+
+
 def test_two_runs_into_one_folder_take_turns(tmp_path):
     class Slow:
         """An image; while it is saved another run wants to write."""

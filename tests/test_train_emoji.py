@@ -33,7 +33,7 @@ def test_every_command_is_taken_by_its_script(preset, monkeypatch):
                                                                          each.seeds[-1])}
     others = [each.seeds[0] for each in seen if len(each) <= 10_000]
     assert len({each.objects for each in seen}) == len({each.size for each in seen}) == 1
-    assert min(others) > max(trained) and len(others) == 3
+    assert min(others) > max(trained) and len(others) == 4
     assert [each.held_out for each in seen].count(True) == 2
 
 

@@ -92,7 +92,7 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     assert model.sampling.guidance == 2
     assert model.clip.config.image_embedding_mean  # --subtract-means came along
     error = run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", other_gpt(gpt),
-                fails=True)
+                "--force", fails=True)
     assert "shards of another vqgan" in error
     # A GPT goes on from a bundle, but not on shards of another VQGAN's size.
     result = run("train_gpt", shards, "--run", tmp_path / "tuned", "--from", bundle, "--steps", 2)
