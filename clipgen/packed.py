@@ -1,9 +1,10 @@
 """Matrix products of few rows on a CPU: weights in the order that is read fastest, or of 8 bits.
 
 So packed, a row of the product need not depend on the rows beside it, to the last bit, as it does
-with nn.Linear: `rows_agree` looks.  The operators, oneDNN's that torch.compile's CPU backend uses
-and those of torch's quantised modules, are private: this file alone knows them, and without
-oneDNN's everything runs as it does elsewhere.  docs/speed.md has the figures.
+with nn.Linear: `rows_agree` looks, and where it is so few images cost less than many.  The
+operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantised modules,
+are private: this file alone knows them, and without oneDNN's everything runs as it does elsewhere.
+docs/speed.md has the figures.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-PAYS = 2**19  # numbers in a weight; measured: below, calling the operator costs more than it saves
+from clipgen.gpt import LinearGELU
 
 
 class PackedLinear(nn.Module):
@@ -28,10 +30,12 @@ class PackedLinear(nn.Module):
         with torch.no_grad():
             self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
         self._bias = linear.bias.detach()
-        self.shape = linear.weight.shape  # (outputs, inputs)
+        self._then = ("gelu", [], "none") if isinstance(linear, LinearGELU) else ("none", [], "")
+        # All that the operator's way of computing can depend on.
+        self.kind = type(linear), *linear.weight.shape, linear.weight.dtype, rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._then)
 
 
 class Int8Linear(nn.Module):
@@ -51,13 +55,14 @@ class Int8Linear(nn.Module):
             bytes_ = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self._weight = torch.ops.quantized.linear_prepack(bytes_, None)
             self._bias = linear.bias.detach().float()
+        self._then = F.gelu if isinstance(linear, LinearGELU) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
         # Scale and zero point of an unsigned byte: from -1 to 1 are 1 to 255.
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / largest, 1 / 127, 128, self._weight)
-        return torch.addcmul(self._bias, y, largest)
+        return self._then(torch.addcmul(self._bias, y, largest))
 
 
 def _check_int8(device: torch.device) -> None:
@@ -81,15 +86,14 @@ def rounded(module: nn.Module) -> nn.Module:
 
 
 def packed(module: nn.Module, rows: int) -> nn.Module:
-    """A copy of `module` whose large nn.Linear are packed; it shares everything else with it.
+    """A copy of `module` whose nn.Linear are packed; it shares everything else with it.
 
     `module` itself where packing is not possible: on another device than a CPU, in a dtype that
     this CPU's oneDNN lacks, in a torch without the operators.
     """
     if not _possible(next(module.parameters())):
         return module
-    return _copy(module, lambda linear: PackedLinear(linear, rows)
-                 if linear.weight.numel() >= PAYS else linear)
+    return _copy(module, lambda linear: PackedLinear(linear, rows))
 
 
 @torch.no_grad()
@@ -97,20 +101,35 @@ def rows_agree(module: nn.Module, counts: Sequence[int]) -> bool:
     """Whether the weights of `module`, all of them packed, give a row the same products, bit by
     bit, in inputs of any of these counts of rows.  With 8 bits they do.
 
-    Looks at one weight of each shape, at this number of threads, and at float32 alone: short
-    numbers hide what differs.
+    Looks at one weight of each kind, at this number of threads.
     """
     parts = list(module.modules())
-    if any(isinstance(part, nn.Linear)
-           or isinstance(part, PackedLinear) and part._bias.dtype is not torch.float32
-           for part in parts):
+    if any(isinstance(part, nn.Linear) for part in parts):
         return False
-    for linear in {part.shape: part for part in parts if isinstance(part, PackedLinear)}.values():
-        x = torch.randn(max(counts), linear.shape[1], generator=torch.Generator().manual_seed(0))
+    for kind in {part.kind for part in parts if isinstance(part, PackedLinear)}:
+        linear, x = _cancelling(*kind, max(counts))
         whole = linear(x)
         if not all(torch.equal(linear(x[-count:]), whole[-count:]) for count in counts):
             return False
     return True
+
+
+def _cancelling(kind: type[nn.Linear], outputs: int, inputs: int, dtype: torch.dtype, rows: int,
+                count: int) -> tuple[PackedLinear, Tensor]:
+    """A packed weight of that kind and `count` rows whose products are 0 but for rounding: no
+    dtype is too short to show how it was rounded.
+
+    Half of the inputs are the other half again, in any order, and their weights those negated.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(inputs, generator=generator)
+    x, weight = (torch.randn(n, inputs // 2, generator=generator).to(dtype) for n in (count, 16))
+    x, weight = (F.pad(torch.cat(halves, dim=1), (0, inputs % 2))[:, order]
+                 for halves in ((x, x), (weight, -weight)))
+    linear = kind(inputs, outputs, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(weight.repeat(outputs // 16 + 1, 1)[:outputs])
+    linear.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype))
+    return PackedLinear(linear, rows), x
 
 
 def _possible(weight: Tensor) -> bool:

@@ -64,18 +64,18 @@ def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p
     if number:
         temperature, top_p = max(temperature, 1e-6), top_p if top_p < 1 else float("inf")
     logits = logits.float()
-    # Differences from the best, so that no temperature however small overflows.
-    scaled = (logits - logits.amax(1, keepdim=True)) / temperature
     if number and k == size > FEW and top_p < 1 and logits.device.type == "cpu":
         # Sorting all costs more than the rest of a small step, looking at a value nothing on a CPU.
-        probabilities, codes = scaled.softmax(1), logits.topk(FEW, dim=1).indices
+        best, codes = logits.topk(FEW, dim=1)
+        probabilities = ((logits - best[:, :1]) / temperature).softmax(1)
         if (probabilities.gather(1, codes).sum(1) <= top_p).any():
             # Behind the same few, equal ones in the same order: no row must depend on another one.
             rest = logits.scatter(1, codes, float("-inf")).topk(size - FEW, dim=1).indices
             codes = torch.cat([codes, rest], dim=1)
         return top_p_alone(probabilities.gather(1, codes), top_p), codes
-    codes = logits.topk(k, dim=1).indices
-    scaled = scaled.gather(1, codes)
+    best, codes = logits.topk(k, dim=1)
+    # Differences from the best, so that no temperature however small overflows.
+    scaled = (best - best[:, :1]) / temperature
     if limit is not None:
         places = torch.arange(k, device=logits.device)
         scaled = scaled.masked_fill(places >= limit, float("-inf"))
@@ -227,7 +227,8 @@ class Block:
         gpt, at, own = self.gpt, self.cache.position, self.settings
         self.cache.look_at(prefix, exact)
         logits = gpt.step(self.x, self.cache).float()
-        self.largest.copy_(torch.maximum(self.largest, logits.abs().amax()))
+        low, high = logits.aminmax()  # no copy of all logits, as abs() would be
+        self.largest.copy_(self.largest.maximum(high).maximum(-low))
         if self.guided:
             conditional, null = logits.chunk(2)
             logits = null + own.guidance * (conditional - null)

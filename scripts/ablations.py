@@ -6,7 +6,7 @@
 Trains a VQGAN for each of QUANTISERS on scenes of a small world, 8 x 8 codes an image; on the codes
 of the first, a GPT for each of VARIANTS and each seed; on those of the others, GPTs like BASE.
 The judge looks at what the GPTs make of texts and of images, both about pairs of object and place
-that no training showed.  The first GPT of BASE is then sampled with each of SAMPLING.
+that no training showed.  The GPTs of BASE are then sampled with each of SAMPLING.
 
 Rerun, it goes on, also to more --seeds; seconds of training are those of the last start.  Once the
 quantisers are there, several processes may do different --variants in the same --run at the same
@@ -128,8 +128,8 @@ def tasks(a: argparse.Namespace) -> dict[str, tuple[str | None, Callable[[], dic
         bundle, scores = train(variant, quantiser, seed, a)
         return measure(bundle, a) | scores
 
-    def sampled(sampling: dict[str, float]) -> dict[str, float]:
-        return measure(train(BASE, first, 0, a)[0], a, **sampling)
+    def sampled(sampling: dict[str, float], seed: int) -> dict[str, float]:
+        return measure(train(BASE, first, seed, a)[0], a, **sampling)
 
     rows: dict[str, tuple[str | None, Callable[[], dict[str, float]]]] = {
         f"copies, {name}": (None, partial(train_quantiser, name, a)) for name in QUANTISERS}
@@ -138,7 +138,8 @@ def tasks(a: argparse.Namespace) -> dict[str, tuple[str | None, Callable[[], dic
             rows[f"{name}, seed {seed}"] = name, partial(trained, name, first, seed)
     for sampling in SAMPLING:
         settings = ", ".join(f"{key} {value:g}" for key, value in sampling.items())
-        rows[f"{BASE}, {settings}"] = BASE, partial(sampled, sampling)
+        for seed in range(a.seeds):
+            rows[f"{BASE}, {settings}, seed {seed}"] = BASE, partial(sampled, sampling, seed)
     for name in others:
         for seed in range(a.seeds):
             rows[f"{BASE}, {name}, seed {seed}"] = BASE, partial(trained, BASE, name, seed)

@@ -154,16 +154,15 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 2 * source.numel() / statistics.median(took[1:]) / 1e9
 
 
-def bytes_per_step(config: GPTConfig, each: int, passes: Sequence[int], int8: bool = False
-                   ) -> float:
-    """What one step must read, in numbers of `each` bytes: for every pass the weights (one byte
-    each with `int8`), without the tables it looks codes and places up in, and half the cache of so
-    many rows, the mean over an image."""
+def bytes_per_step(config: GPTConfig, weight: int, cached: int, passes: Sequence[int]) -> float:
+    """What one step must read: for every pass the weights, of so many bytes each, without the
+    tables it looks codes and places up in, and half the cache of so many rows, the mean over an
+    image, of `cached` bytes a number."""
     c = config
     layer = 12 * c.width**2 + 13 * c.width  # matrices; biases and norms
-    weights = each * (c.layers * layer + 2 * c.width + (c.width + 1) * c.codebook_size)
-    cache = c.layers * c.width * c.block_size * each  # of keys and of values, by half
-    return sum(weights / (each if int8 else 1) + rows * cache for rows in passes)
+    weights = weight * (c.layers * layer + 2 * c.width + (c.width + 1) * c.codebook_size)
+    cache = cached * c.layers * c.width * c.block_size  # of keys and of values, by half
+    return sum(weights + rows * cache for rows in passes)
 
 
 def bundle_of(size: str, device: torch.device, dtype: torch.dtype) -> bundle.Bundle:
@@ -246,10 +245,13 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     results = []
     for (name, rows), values in took.items():
         each = statistics.median(values)
-        passes = {"clipgen": [block.rows for block in blocks(model.sampler, rows)],
-                  "transformers": [rows], "uncached": [0]}[name]
-        moved = bytes_per_step(gpt.config, gpt.position.element_size(), passes,
-                               int8 and name == "clipgen")
+        weight = number = gpt.position.element_size()  # bytes of one, and of one in the cache
+        passes = [0 if name == "uncached" else rows]
+        if name == "clipgen":
+            taken = blocks(model.sampler, rows)
+            passes = [block.rows for block in taken]
+            weight, number = 1 if int8 else weight, taken[0].cache.store.element_size()
+        moved = bytes_per_step(gpt.config, weight, number, passes)
         results.append({
             "name": name, "rows": rows, "ms_per_step": 1000 * each,
             "images_per_s": rows / each / gpt.config.block_size,

@@ -2,11 +2,12 @@
 
 An image source for every script of this folder, drawn when asked for:
 
-    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=20][,held-out]
+    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=20][,held-out][,keep]
 
 COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
 of a hundred show two things.  One (object, place) in ten is held out: it appears only with
-`held-out`, where every scene has such a pair.  `train_clip` learns from the captions;
+`held-out`, where every scene has such a pair.  With `keep` all are drawn at once, on all cores, and
+kept in memory, for a GPU that is faster than the painter.  `train_clip` learns from the captions;
 `encode_images` embeds some, to measure the gap between texts and images with, and for `train_gpt
 --subtract-means`.
 
@@ -17,16 +18,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 from scripts.arguments import number, positive
 from scripts.painter import LIGHT, Painter
@@ -108,26 +111,27 @@ def draw_scene(rng: np.random.Generator, labels: Labels, size: int,
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes by seed, as `scripts.images.Images` has images: nothing is kept."""
+    """Scenes by seed, as `scripts.images.Images` has images: nothing is kept unless `drawn`."""
 
     seeds: range | tuple[int, ...]
     objects: int = len(OBJECTS)
     size: int = 64
     held_out: bool | None = False  # None: whatever comes
     pairs: int = round(100 * PAIR_SHARE)  # in a hundred: scenes of two things
+    drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 (N, S, S, 3)
 
     @classmethod
     def parse(cls, text: str) -> Scenes:
         """Of what follows `scenes:`.  ValueError: it is not as the module says."""
         count, *rest = text.split(",")
         values = dict(objects=len(OBJECTS), size=64, first=0, pairs=cls.pairs)
-        held_out = "held-out" in rest
+        held_out, keep = (word in rest for word in ("held-out", "keep"))
         for part in rest:
             name, equals, value = part.partition("=")
             known = name in values and re.fullmatch("[0-9]{1,9}", value)
-            if part != "held-out" and not known:
+            if part not in ("held-out", "keep") and not known:
                 raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N, "
-                                 "pairs=PERCENT and held-out")
+                                 "pairs=PERCENT, held-out and keep")
             if equals:
                 values[name] = int(value)
         if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
@@ -138,7 +142,21 @@ class Scenes:
             raise ValueError(f"scenes:{text}: pairs, of a hundred scenes, from 0 to 100")
         find_font()
         first = values.pop("first")
-        return cls(range(first, first + int(count)), held_out=held_out, **values)
+        scenes = cls(range(first, first + int(count)), held_out=held_out, **values)
+        return replace(scenes, drawn=scenes.draw_all()) if keep else scenes
+
+    def draw_all(self) -> np.ndarray:
+        """All pictures, uint8 (N, S, S, 3), drawn by as many processes as there are cores."""
+        with multiprocessing.get_context("fork").Pool() as pool:
+            drawn = tqdm(pool.imap(self._pixels, range(len(self)), chunksize=32), "drawing",
+                         len(self), mininterval=10)
+            result = np.empty((len(self), self.size, self.size, 3), np.uint8)
+            for i, pixels in enumerate(drawn):
+                result[i] = pixels
+        return result
+
+    def _pixels(self, i: int) -> np.ndarray:
+        return np.asarray(self.image(i))
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -155,6 +173,8 @@ class Scenes:
                 return labels
 
     def image(self, i: int, least: int | None = None) -> Image.Image:
+        if self.drawn is not None:
+            return Image.fromarray(self.drawn[i])
         return draw_scene(np.random.default_rng([self.seeds[i], 2]), self.drawn_labels(i),
                           self.size)
 
@@ -168,8 +188,9 @@ class Scenes:
         return asdict(self.drawn_labels(i))
 
     def subset(self, indices: Iterable[int]) -> Scenes:
-        seeds = tuple(self.seeds[int(i)] for i in indices)
-        return replace(self, seeds=seeds)
+        chosen = [int(i) for i in indices]
+        return replace(self, seeds=tuple(self.seeds[i] for i in chosen),
+                       drawn=None if self.drawn is None else self.drawn[chosen])
 
     def fingerprint(self) -> str:
         first, last = self.seeds[0], self.seeds[-1]

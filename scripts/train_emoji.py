@@ -1,6 +1,7 @@
 """Train the default bundle, weights/emoji: all its parts, from drawn scenes, in one command.
 
     python -m scripts.train_emoji [--preset cpu|gpu] [--out weights/emoji] [--minutes 9]
+        [--training 12]
 
 Each part is a command of its own, which is printed.  Stop it at any moment, or after so many
 `--minutes`: the same command goes on from there.  The last line of stdout is JSON, the seconds of
@@ -8,13 +9,16 @@ each part.  It needs the emoji font (see scripts.scenes), and afterwards a judge
 python -m scripts.judge --train --objects N.
 
 preset cpu: 64 x 64 pixels, 16 x 16 codes, the first 40 objects of the world, on two cores.
-preset gpu: 128 x 128 pixels, 16 x 16 codes, all objects, on one H100 or alike.
+preset gpu: 128 x 128 pixels, 16 x 16 codes, all objects, on one H100 or alike.  How many steps each
+part does follows from its share of `--training` minutes and from the speed it finds; drawing and
+encoding the scenes come on top, by estimate three minutes on 14 cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -23,7 +27,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.arguments import amount
+from scripts.arguments import amount, positive
 from scripts.checkpoints import write_text
 
 HELD, VALIDATION = "first=310000000", "first=300000000"  # seeds that nothing is trained on
@@ -40,6 +44,7 @@ class Preset:
     encode: str
     gpt: str
     decoder: str
+    keep: str = ""  # scenes of the CLIP, which sees each many times
 
 
 PRESETS = {
@@ -52,24 +57,33 @@ PRESETS = {
         decoder="--steps 8200 --batch 8 --gan-start 0.3"),
     "gpu": Preset(
         "size=128", 400_000,
-        clip="--size 128 --steps 2500 --batch 512 --dtype bfloat16 --workers 14",
-        vqgan="--size 128 --channels 48,96,128,160 --codebook-size 2048 --steps 9000 --batch 64 "
+        clip="--size 128 --time 12% --batch 512 --dtype bfloat16 --workers 14",
+        vqgan="--size 128 --channels 48,96,128,160 --codebook-size 2048 --time 33% --batch 64 "
               "--lr 5e-4 --dtype bfloat16 --workers 14",
         encode="--workers 14",
-        gpt="--layers 8 --width 288 --heads 6 --steps 14000 --batch 128 --lr 1e-3 "
-            "--dtype bfloat16",
-        decoder="--steps 2000 --batch 64 --gan-start 0.3 --dtype bfloat16 --workers 14")}
+        gpt="--layers 8 --width 288 --heads 6 --time 40% --batch 128 --lr 1e-3 --dtype bfloat16",
+        decoder="--time 15% --batch 64 --gan-start 0.3 --dtype bfloat16 --workers 14",
+        keep=",keep")}
 
 
-def parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
-    """Part by part the command: a module of this folder and its arguments."""
+def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[str, str]:
+    """Part by part the command: a module of this folder and its arguments.
+
+    training: minutes of which a preset's `--time` is a share.
+    """
+    commands = _parts(preset, run, out)
+    return {name: re.sub("--time ([0-9]+)%", lambda m: f"--time {0.6 * training * int(m[1]):.0f}s",
+                         command) for name, command in commands.items()}
+
+
+def _parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
     scenes, world = f"scenes:{preset.count},{preset.world}", preset.world
     clip, vqgan, shards, gpt, decoder = (run / name for name in (
         "clip", "vqgan", "shards", "gpt", "decoder"))
     held = f"--validation scenes:256,{world},held-out,{HELD}"
     exact = "--scale 1 --no-flip"  # a scene is seen as it was drawn
     return {
-        "clip": f"train_clip scenes:60000,{world} --validation "
+        "clip": f"train_clip scenes:60000,{world}{preset.keep} --validation "
                 f"scenes:2000,{world},{VALIDATION} --run {clip} {preset.clip}",
         "vqgan": f"train_vqgan {scenes} {held} --run {vqgan} --clip {clip} {exact} {preset.vqgan}",
         "encode": f"encode_images {scenes} {shards} --validation scenes:1000,{world},{VALIDATION} "
@@ -116,13 +130,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     p.add_argument("--run", type=Path, help="directory of the work (runs/emoji-PRESET)")
     p.add_argument("--minutes", type=amount, default=float("inf"),
                    help="save and stop after so many; saving itself takes some seconds (no limit)")
+    p.add_argument("--training", type=positive, default=12, help="minutes that preset gpu trains "
+                   "for, its four parts together (12)")
     a = p.parse_args(arguments)
     run = a.run or Path(f"runs/emoji-{a.preset}")
     run.mkdir(parents=True, exist_ok=True)
     kept, end = run / "parts.json", time.monotonic() + 60 * a.minutes
     # By part: its command, the seconds it took so far, whether it is done.
     state: dict[str, dict] = json.loads(kept.read_text()) if kept.is_file() else {}
-    for name, command in parts(PRESETS[a.preset], run, a.out).items():
+    for name, command in parts(PRESETS[a.preset], run, a.out, a.training).items():
         old = state.get(name)
         if old and old["done"]:
             if old["command"] != command:

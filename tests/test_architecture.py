@@ -22,7 +22,7 @@ ARROWS = {
     "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle"},
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
-    "packed": set(),
+    "packed": {"gpt"},
     "clip": set(),
     "gpt": set(),
     "vqgan": set(),

@@ -110,24 +110,24 @@ def test_the_peak_is_that_of_the_device_named(name, tflops, monkeypatch):
 def test_sample_prints_every_way_and_all_parts(tmp_path):
     size = micro_bundle(tmp_path, null_embedding=True,
                         sampling=bundle.SamplingDefaults(guidance=2.0))
-    result = run("sample", "--size", size, "--device", "cpu", "--rows", "1,17", "--steps", 5,
+    result = run("sample", "--size", size, "--device", "cpu", "--rows", "1,16,17", "--steps", 5,
                  "--baseline", "uncached", "--candidates", 3)
     data = json.loads(result.stdout.splitlines()[-1])
     assert (data["device"], data["dtype"]) == ("cpu", "float32") and data["copy_gb_per_s"] > 0
     assert [(x["name"], x["rows"]) for x in data["results"]] == [
-        ("clipgen", 1), ("clipgen", 17), ("uncached", 1), ("uncached", 17)]
+        (name, rows) for name in ("clipgen", "uncached") for rows in (1, 16, 17)]
     for x in data["results"]:
         assert set(x) == {"name", "rows", "ms_per_step", "images_per_s", "gb_per_s",
                           "bandwidth_share", "peak_bytes"}
         # 16 codes an image
         assert x["images_per_s"] == pytest.approx(x["rows"] / (16 * x["ms_per_step"] / 1000))
         assert x["bandwidth_share"] == pytest.approx(x["gb_per_s"] / data["copy_gb_per_s"])
-    ours, ours_17, uncached, _ = data["results"]
-    ratio = uncached["ms_per_step"] / ours["ms_per_step"]
+    ours, uncached = data["results"][:3], data["results"][3:]
+    ratio = uncached[0]["ms_per_step"] / ours[0]["ms_per_step"]
     assert data["ratios"]["uncached"]["1"] == pytest.approx(ratio)
-    # One row in a padded block moves what 16 do; 17 take two blocks.
-    moved = [x["gb_per_s"] * x["ms_per_step"] for x in (ours, ours_17)]
-    assert moved[1] == pytest.approx(2 * moved[0])
+    # 17 take two blocks, of 16 and of what one takes.
+    moved = [x["gb_per_s"] * x["ms_per_step"] for x in ours]
+    assert moved[2] == pytest.approx(moved[0] + moved[1])
     assert list(data["parts"]) == ["text", "sampling", "decoding", "ranking", "saving"]
     assert (data["candidates"], data["images"]) == (3, 3)
     assert f"{ratio:.2f} x" in result.stderr
@@ -150,11 +150,13 @@ def test_a_device_that_is_not_there_is_one_sentence(command, monkeypatch):
 def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
     gpt = micro_gpt()
     weights = sum(p.nbytes for part in (gpt.blocks, gpt.norm, gpt.head) for p in part.parameters())
-    moved = functools.partial(benchmark_sample.bytes_per_step, gpt.config, 4)
-    assert moved([0]) == weights and moved([0], int8=True) == weights / 4
+    moved = functools.partial(benchmark_sample.bytes_per_step, gpt.config, 4, 4)
+    assert moved([0]) == weights
+    assert benchmark_sample.bytes_per_step(gpt.config, 1, 4, [0]) == weights / 4
     cache = KVCache(gpt.config, 8, torch.device("cpu"), torch.float32).store.nbytes
     assert moved([8]) == weights + cache / 2
     assert moved([8, 16]) == 2 * weights + 3 * cache / 2
+    assert benchmark_sample.bytes_per_step(gpt.config, 4, 2, [8]) == weights + cache / 4
 
 
 @pytest.mark.parametrize("rows, taken", [(1, [1]), (16, [16]), (18, [16, 2]), (37, [16, 16, 8])])

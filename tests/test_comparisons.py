@@ -44,10 +44,13 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
                              "noise 0.5, embedding reconstruction"])
     rows, other = result["rows"], list(ablations.QUANTISERS)[1]
     assert f"{first}, seed 1" in rows and f"{mean}, seed 1" in rows
-    assert list(rows)[-4:] == ["noise 0.5, guidance 3", "noise 0.5, top_p 0.9, candidates 2",
-                               *(f"noise 0.5, {other}, seed {i}" for i in (0, 1))]
+    assert list(rows)[-6:] == [
+        f"noise 0.5, {name}, seed {i}"
+        for name in ("guidance 3", "top_p 0.9, candidates 2", other) for i in (0, 1)]
     for name in (mean, f"noise 0.5, {other}"):  # a seed is a training of its own
         assert rows[f"{name}, seed 0"]["token_ce"] != rows[f"{name}, seed 1"]["token_ce"]
+    distances = [rows[f"noise 0.5, guidance 3, seed {i}"]["frechet_distance"] for i in (0, 1)]
+    assert distances[0] != distances[1]
     out = capsys.readouterr().out.splitlines()
     assert out[-1].startswith(f"| noise 0.5, {other} |")
     again = ablations.summary(rows)[mean]

@@ -47,6 +47,18 @@ def test_a_seed_is_a_scene(seed, objects, held_out):
     assert source.captions(0) == source.captions(0)
 
 
+def test_scenes_that_are_kept_are_those_that_are_drawn(sprites):
+    drawn, kept = (open_images(f"scenes:70,objects=6,size=32,first=9{more}")[0]
+                   for more in ("", ",keep"))
+    assert kept.drawn.shape == (70, 32, 32, 3) and drawn.drawn is None
+    assert kept.fingerprint() == drawn.fingerprint()
+    for some in (range(70), [69, 3]):
+        for a, b in zip(*(map(np.asarray, map(each.subset(some).image, range(len(some))))
+                          for each in (drawn, kept)), strict=True):
+            assert (a == b).all()
+    assert len({image.tobytes() for image in kept.drawn}) == 70
+
+
 def test_places_times_and_colours_differ():
     images = [pixels(labels, 7) for labels in EVERYWHERE]
     assert len({image.tobytes() for image in images}) == len(EVERYWHERE) == 11 * 4 + 1 + 9

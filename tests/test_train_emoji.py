@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import threading
@@ -17,6 +18,7 @@ from scripts.images import open_images
 @pytest.mark.parametrize("preset", list(train_emoji.PRESETS))
 def test_every_command_is_taken_by_its_script(preset, monkeypatch):
     monkeypatch.setattr(scenes, "find_font", lambda: None)
+    monkeypatch.setattr(scenes.Scenes, "draw_all", lambda self: None)
     seen = []
     parts = train_emoji.parts(train_emoji.PRESETS[preset], Path("runs/x"), Path("weights/x"))
     for command in parts.values():
@@ -35,6 +37,17 @@ def test_every_command_is_taken_by_its_script(preset, monkeypatch):
     assert len({each.objects for each in seen}) == len({each.size for each in seen}) == 1
     assert min(others) > max(trained) and len(others) == 4
     assert [each.held_out for each in seen].count(True) == 2
+
+
+def test_the_gpu_preset_shares_its_minutes_out():
+    def seconds(training):
+        parts = train_emoji.parts(train_emoji.PRESETS["gpu"], Path("run"), Path("out"), training)
+        return {name: int(found[1]) for name, command in parts.items()
+                if (found := re.search("--time ([0-9]+)s ", command))}
+
+    assert set(seconds(12)) == {"clip", "vqgan", "gpt", "decoder"}
+    assert sum(seconds(12).values()) == pytest.approx(720, abs=2)
+    assert seconds(24)["gpt"] == pytest.approx(2 * seconds(12)["gpt"], abs=2)
 
 
 def test_it_stops_in_time_goes_on_and_adds_up_seconds(tmp_path, monkeypatch, capfd):
