@@ -18,7 +18,8 @@ import json
 import math
 import os
 import types
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -33,7 +34,8 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
 
 FORMAT_VERSION = 1
-FILES = {part: f"{part}.safetensors" for part in ("clip", "vqgan", "gpt")}
+PARTS = {"clip": CLIP, "vqgan": VQGAN, "gpt": GPT}
+FILES = {part: f"{part}.safetensors" for part in PARTS}
 # Keys that came after the first bundles were written, and what those bundles mean.
 ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
          "vqgan": {"norm_groups": 32}}
@@ -104,21 +106,18 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu",
     _check_agreement(directory / "config.json", config.clip, config.vqgan, config.gpt,
                      config.sampling)
     refuse_other_files(directory)
-    for file in FILES.values():  # cheap: all of them before the first one is hashed
-        _check_size(directory, config, file)
-    return Bundle(_load_clip(directory, config, device), _load_vqgan(directory, config, device),
-                  _load_gpt(directory, config, device, dtype), config.sampling, config.trained_on,
-                  directory)
+    return Bundle(*_load(directory, config, tuple(PARTS), device, dtype), config.sampling,
+                  config.trained_on, directory)
 
 
 def load_clip(directory: str | Path, device: str | torch.device = "cpu") -> CLIP:
     """The CLIP of a bundle alone, with the same checks of its own file; float32."""
-    return _load_clip(Path(directory), _read_config(Path(directory)), device)
+    return _load(Path(directory), _read_config(Path(directory)), ["clip"], device)[0]
 
 
 def load_vqgan(directory: str | Path, device: str | torch.device = "cpu") -> VQGAN:
     """The VQGAN of a bundle alone, with the same checks of its own file; float32."""
-    return _load_vqgan(Path(directory), _read_config(Path(directory)), device)
+    return _load(Path(directory), _read_config(Path(directory)), ["vqgan"], device)[0]
 
 
 def save_bundle(directory: str | Path, *, clip: CLIP, vqgan: VQGAN, gpt: GPT,
@@ -287,24 +286,34 @@ def _check_size(directory: Path, config: Config, file: str) -> None:
                           f"so it is cut short or another file: {AGAIN}")
 
 
-def _load_clip(directory: Path, config: Config, device: str | torch.device) -> CLIP:
-    clip = _build(directory, CLIP, config.clip)
-    _fill(clip.model, directory, config, FILES["clip"], device, torch.float32)
-    clip.rebuild_buffers()
-    return _ready(clip)
+def _load(directory: Path, config: Config, parts: Sequence[str], device: str | torch.device,
+          dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Those parts of a bundle, the GPT in `dtype`."""
+    for part in parts:  # cheap: all of them before the first one is hashed
+        _check_size(directory, config, FILES[part])
+    # Hashing reads a file as fast as the disk is, and then it is in memory.  It runs ahead: while a
+    # part is made of its file, the files after it are hashed.
+    with ThreadPoolExecutor(1) as ahead:
+        digests = {part: ahead.submit(_sha256, directory / FILES[part]) for part in parts}
+        try:
+            return [_load_part(directory, config, part, digests[part], device,
+                               dtype if part == "gpt" else torch.float32) for part in parts]
+        finally:
+            ahead.shutdown(cancel_futures=True)
 
 
-def _load_vqgan(directory: Path, config: Config, device: str | torch.device) -> VQGAN:
-    vqgan = _build(directory, VQGAN, config.vqgan)
-    _fill(vqgan, directory, config, FILES["vqgan"], device, torch.float32)
-    return _ready(vqgan)
-
-
-def _load_gpt(directory: Path, config: Config, device: str | torch.device,
-              dtype: torch.dtype) -> GPT:
-    gpt = _build(directory, GPT, config.gpt)
-    _fill(gpt, directory, config, FILES["gpt"], device, dtype)
-    return _ready(gpt)
+def _load_part(directory: Path, config: Config, part: str, digest: Future[str],
+               device: str | torch.device, dtype: torch.dtype) -> Any:
+    whole = _build(directory, PARTS[part], getattr(config, part))
+    path = directory / FILES[part]
+    if digest.result() != config.files[path.name]["sha256"]:
+        raise BundleError(f"{path} is not the file config.json describes, its sha256 differs: "
+                          f"{AGAIN}")
+    module = whole.model if part == "clip" else whole
+    module.load_state_dict(_read(path, module.state_dict(), device, dtype), assign=True)
+    if part == "clip":
+        whole.rebuild_buffers()
+    return _ready(whole)
 
 
 def _build(directory: Path, kind: type, config: Any) -> Any:
@@ -318,22 +327,6 @@ def _build(directory: Path, kind: type, config: Any) -> Any:
         reason = str(error).partition("\n")[0]
         raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
                           f"built ({reason}): {AGAIN}") from error
-
-
-def _fill(module: nn.Module, directory: Path, config: Config, file: str,
-          device: str | torch.device, dtype: torch.dtype) -> None:
-    """Put the tensors of one file into a module built on meta; every one is checked."""
-    path = directory / file
-    _check_size(directory, config, file)
-    with ThreadPoolExecutor(1) as other:  # hashing takes as long as all the rest
-        digest = other.submit(_sha256, path)
-        try:
-            stored = _read(path, module.state_dict(), device, dtype)
-        finally:  # damage shows as many faults, this is the one to name
-            if digest.result() != config.files[file]["sha256"]:
-                raise BundleError(f"{path} is not the file config.json describes, its sha256 "
-                                  f"differs: {AGAIN}") from None
-    module.load_state_dict(stored, assign=True)
 
 
 def _read(path: Path, expected: dict[str, Tensor], device: str | torch.device,

@@ -11,6 +11,8 @@ ready         all of it: a process that can generate
 server        the real Cog server, from its start to READY; beyond: what that takes longer
 bytes         reading the same files once and no more, for comparison; they are cached, since the
               bundle was read just before
+cold reading, cold bytes    the same two with the files dropped from the system's cache before, as
+              at the first start of a machine
 
 Numbers are medians over --times processes, each new.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clipgen.bundle import FILES
 from clipgen.pipeline import find_device
 from scripts.arguments import positive
 from scripts.benchmark_serve import serving
@@ -35,7 +39,7 @@ from scripts.cog_schema import ROOT
 
 # The clock is the machine's, so that it goes on from this process to the next.
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 times = [time.monotonic()]
 def done(): times.append(time.monotonic())
 import torch; done()
@@ -44,7 +48,8 @@ import clipgen, clipgen.bundle; done()
 weights, device = sys.argv[1:]
 device = torch.device(device)
 dtype = clipgen.pipeline.default_dtype(device)
-bundle = clipgen.bundle.load_bundle(weights, "cpu", dtype); done()
+def load(): return clipgen.bundle.load_bundle(weights, "cpu", dtype)
+bundle = load(); done()
 for part in (bundle.clip, bundle.vqgan, bundle.gpt):
     part.to(device)
 if device.type == "cuda": torch.cuda.synchronize()
@@ -53,26 +58,43 @@ model = clipgen.ClipGen(bundle)
 if device.type == "cuda": torch.cuda.synchronize()
 done()
 buffer = bytearray(2**22)
-for name in clipgen.bundle.FILES.values():
-    with open(f"{weights}/{name}", "rb", buffering=0) as file:
-        while file.readinto(buffer): pass
-done()
-print(json.dumps(times))
+files = [f"{weights}/{name}" for name in clipgen.bundle.FILES.values()]
+def read():
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer): pass
+read(); done()
+del bundle, model, part
+def cold(call):
+    for path in files:
+        with open(path, "rb") as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.monotonic(); call()
+    return time.monotonic() - began
+print(json.dumps([times, {"cold reading": cold(load), "cold bytes": cold(read)}]))
 """
 PARTS = ("python", "torch", "open_clip", "clipgen", "reading", "moving", "preparing", "bytes")
 
 
+def sync(weights: Path) -> None:
+    """Let files that were just written be on the disk: else they cannot leave the cache."""
+    for name in FILES.values():
+        with open(weights / name, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def one_process(weights: Path, device: str) -> dict[str, float]:
     """Seconds of every part but the server's."""
+    sync(weights)
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", CHILD, str(weights), device], cwd=ROOT, text=True,
                           capture_output=True)
     if done.returncode:
         raise SystemExit(done.stderr.strip().splitlines()[-1])
-    times = [began, *json.loads(done.stdout)]
+    times, cold = json.loads(done.stdout)
+    times = [began, *times]
     parts = {name: after - before
              for name, before, after in zip(PARTS, times[:-1], times[1:], strict=True)}
-    return parts | {"ready": times[-2] - began}
+    return parts | cold | {"ready": times[-2] - began}
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
@@ -88,13 +110,15 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
     result = {name: statistics.median(parts[name] for parts in rounds) for name in rounds[0]}
     ours = sum(result[name] for name in ("clipgen", "reading", "moving", "preparing"))
     return {"weights": str(a.weights), "device": a.device, "times": a.times, "seconds": result,
-            "ours": ours, "reading_over_bytes": result["reading"] / result["bytes"]}
+            "ours": ours, "reading_over_bytes": result["reading"] / result["bytes"],
+            "cold_reading_over_bytes": result["cold reading"] / result["cold bytes"]}
 
 
 def table(r: dict[str, Any]) -> str:
-    return "\n".join([*(f"{name:10}{value:8.2f} s" for name, value in r["seconds"].items()),
+    return "\n".join([*(f"{name:13}{value:8.2f} s" for name, value in r["seconds"].items()),
                       f"ours, without the imports of torch and open_clip: {r['ours']:.2f} s; "
-                      f"reading takes {r['reading_over_bytes']:.2f} x its bytes"])
+                      f"reading takes {r['reading_over_bytes']:.2f} x its bytes, "
+                      f"{r['cold_reading_over_bytes']:.2f} x uncached"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

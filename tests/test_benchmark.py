@@ -189,6 +189,9 @@ def test_start_times_every_part(tmp_path):
     assert parts["ready"] == pytest.approx(sum(parts[name] for name in before))
     assert parts["beyond"] == pytest.approx(parts["server"] - parts["ready"])
     assert data["ours"] == pytest.approx(sum(parts[name] for name in before[3:]))
+    for kind in ("", "cold "):
+        ratio = parts[kind + "reading"] / parts[kind + "bytes"]
+        assert data[f"{kind}reading_over_bytes".replace(" ", "_")] == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("command", ["serve", "start"])
