@@ -293,13 +293,13 @@ def _load(directory: Path, config: Config, parts: Sequence[str], device: str | t
         _check_size(directory, config, FILES[part])
     # Hashing reads a file as fast as the disk is, and then it is in memory.  It runs ahead: while a
     # part is made of its file, the files after it are hashed.
-    with ThreadPoolExecutor(1) as ahead:
-        digests = {part: ahead.submit(_sha256, directory / FILES[part]) for part in parts}
-        try:
-            return [_load_part(directory, config, part, digests[part], device,
-                               dtype if part == "gpt" else torch.float32) for part in parts]
-        finally:
-            ahead.shutdown(cancel_futures=True)
+    ahead = ThreadPoolExecutor(1)
+    digests = {part: ahead.submit(_sha256, directory / FILES[part]) for part in parts}
+    try:
+        return [_load_part(directory, config, part, digests[part], device,
+                           dtype if part == "gpt" else torch.float32) for part in parts]
+    finally:
+        ahead.shutdown(cancel_futures=True)
 
 
 def _load_part(directory: Path, config: Config, part: str, digest: Future[str],

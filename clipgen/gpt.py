@@ -54,8 +54,8 @@ class KVCache:
     def look_at(self, prefix: int, exact: bool) -> None:
         """Let the next step read the first `prefix` slots.
 
-        exact: that is all up to `position`.  Otherwise there are more, which a mask hides; they
-        must be finite, which new memory need not be: under a mask 0 · NaN is NaN.
+        exact: `position` is the last of them, prefix - 1.  Otherwise there are more, which a mask
+        hides; they must be finite, which new memory need not be: under a mask 0 · NaN is NaN.
         """
         self.prefix, self.mask = prefix, None
         if not exact:

@@ -123,8 +123,8 @@ class Settings(NamedTuple):
 class Sampler:
     """Draws codes from a GPT.  Holds the static buffers and, on CUDA, the captured steps.
 
-    On a CPU `gpt` becomes a copy of the one given, whose large weights are packed, or with `int8`
-    all rounded to 8 bits (from float32; ValueError where this machine cannot).
+    On a CPU `gpt` becomes a copy of the one given, whose weights are packed, or with `int8` rounded
+    to 8 bits (from float32; ValueError where this machine cannot).
     """
 
     def __init__(self, gpt: GPT, int8: bool = False):

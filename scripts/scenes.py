@@ -7,9 +7,9 @@ An image source for every script of this folder, drawn when asked for:
 COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
 of a hundred show two things.  One (object, place) in ten is held out: it appears only with
 `held-out`, where every scene has such a pair.  With `keep` all are drawn at once, on all cores, and
-kept in memory, for a GPU that is faster than the painter.  `train_clip` learns from the captions;
-`encode_images` embeds some, to measure the gap between texts and images with, and for `train_gpt
---subtract-means`.
+kept in memory, for a GPU that is faster than the painter; each process that trains has its own.
+`train_clip` learns from the captions; `encode_images` embeds some, to measure the gap between texts
+and images with, and for `train_gpt --subtract-means`.
 
     python -m scripts.scenes runs/sheet.png [--objects N] [--size 128]      64 scenes to look at
 """
@@ -147,7 +147,8 @@ class Scenes:
 
     def draw_all(self) -> np.ndarray:
         """All pictures, uint8 (N, S, S, 3), drawn by as many processes as there are cores."""
-        with multiprocessing.get_context("fork").Pool() as pool:
+        cores = len(os.sched_getaffinity(0))
+        with multiprocessing.get_context("fork").Pool(cores) as pool:
             drawn = tqdm(pool.imap(self._pixels, range(len(self)), chunksize=32), "drawing",
                          len(self), mininterval=10)
             result = np.empty((len(self), self.size, self.size, 3), np.uint8)
