@@ -49,7 +49,7 @@ class KVCache:
                                  config.width // config.heads, device=device, dtype=dtype)
         self.slots = torch.arange(config.block_size, device=device)
         self.position = torch.zeros(1, device=device, dtype=torch.int64)
-        self.prefix, self.mask = 0, None
+        self.look_at(config.block_size, True)
 
     def look_at(self, prefix: int, exact: bool) -> None:
         """Let the next step read the first `prefix` slots.
@@ -57,7 +57,9 @@ class KVCache:
         exact: `position` is the last of them, prefix - 1.  Otherwise there are more, which a mask
         hides; they must be finite, which new memory need not be: under a mask 0 · NaN is NaN.
         """
-        self.prefix, self.mask = prefix, None
+        seen = self.store[..., :prefix, :]
+        self.keys, self.values = (part.unbind() for part in seen.unbind(1))  # layer by layer
+        self.newest, self.mask = seen[..., -1:, :].unbind(), None
         if not exact:
             hidden = self.slots[:prefix] > self.position
             self.mask = torch.zeros_like(hidden, dtype=self.store.dtype)
@@ -65,13 +67,11 @@ class KVCache:
 
     def append(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
         """Store kv (2, N, H, 1, d) at `position`; return keys, values, each (N, H, prefix, d)."""
-        store = self.store[layer]
-        if self.mask is None:  # the last slot that is read: a plain copy is three times as fast
-            store[:, :, :, self.prefix - 1:self.prefix] = kv
+        if self.mask is None:  # a plain copy is faster
+            self.newest[layer].copy_(kv)
         else:
-            store.index_copy_(3, self.position, kv.to(store))
-        keys, values = store[:, :, :, :self.prefix]
-        return keys, values
+            self.store[layer].index_copy_(3, self.position, kv.to(self.store))
+        return self.keys[layer], self.values[layer]
 
 
 class LinearGELU(nn.Linear):
@@ -96,18 +96,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, layer: int = 0, cache: KVCache | None = None,
                 dropout: float = 0.0) -> Tensor:
-        n, t, c = x.shape
-        qkv = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, c // self.heads)
-        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, T, d)
+        """x (N, T, C); with a cache (N, C), what is at its position."""
+        qkv = self.qkv(self.norm1(x)).view(len(x), -1, 3, self.heads, x.shape[-1] // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, d)
         if cache is None:
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            a = F.scaled_dot_product_attention(*qkv, is_causal=True)
         else:
             k, v = cache.append(layer, qkv[1:])
-            a = F.scaled_dot_product_attention(q.to(k), k, v, attn_mask=cache.mask).to(x)
-        a = self.proj(a.transpose(1, 2).reshape(n, t, c))
-        x = x + F.dropout(a, dropout, self.training)
+            a = F.scaled_dot_product_attention(qkv[0].to(k), k, v, attn_mask=cache.mask).to(x)
+        a = self.proj(a.transpose(1, 2).reshape(x.shape))
+        x = x + (F.dropout(a, dropout, self.training) if dropout else a)
         h = self.fc2(self.fc1(self.norm2(x)))
-        return x + F.dropout(h, dropout, self.training)
+        return x + (F.dropout(h, dropout, self.training) if dropout else h)
 
 
 class GPT(nn.Module):
@@ -160,7 +160,7 @@ class GPT(nn.Module):
         Writes the cache at `cache.position`, which the caller advances, and reads what
         `cache.look_at` said.  Returns logits (N, K).
         """
-        x = (x + self.position.index_select(0, cache.position))[:, None]
+        x = x + self.position.index_select(0, cache.position)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
-        return self.head(self.norm(x))[:, 0]
+        return self.head(self.norm(x))

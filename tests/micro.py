@@ -38,9 +38,10 @@ def micro_vqgan(codebook_size: int = 64, image_size: int = 32, levels: int = 4) 
                              l2_normalised=True)).eval()
 
 
-def micro_gpt(codebook_size: int = 64, block_size: int = 16, null_embedding: bool = False) -> GPT:
-    """A random GPT: 2 layers of width 32; its forecasts differ by condition, place and code."""
-    gpt = GPT(GPTConfig(layers=2, width=32, heads=4, codebook_size=codebook_size,
+def micro_gpt(codebook_size: int = 64, block_size: int = 16, null_embedding: bool = False,
+              layers: int = 2) -> GPT:
+    """A random GPT of width 32; its forecasts differ by condition, place and code."""
+    gpt = GPT(GPTConfig(layers=layers, width=32, heads=4, codebook_size=codebook_size,
                         block_size=block_size, embedding_dim=32, null_embedding=null_embedding))
     gpt.initialise()
     with torch.no_grad():  # as initialised all forecasts are near uniform, so faults would hide

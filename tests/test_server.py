@@ -32,12 +32,14 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow_bundle(tmp_path_factory):
-    """Micro-weights with 256 codes an image, so that 64 candidates take seconds; no guidance."""
+    """Micro-weights with 256 codes an image and 16 layers, so that 64 candidates take many seconds;
+    no guidance."""
     directory = tmp_path_factory.mktemp("slow")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_bundle(directory, clip=micro_clip([TEXT]), vqgan=micro_vqgan(levels=2),
-                    gpt=micro_gpt(block_size=256), sampling=SamplingDefaults(), trained_on={})
+                    gpt=micro_gpt(block_size=256, layers=16), sampling=SamplingDefaults(),
+                    trained_on={})
     return directory
 
 
@@ -344,7 +346,7 @@ def test_cancelling_leaves_the_server_as_new(tmp_path, slow, slow_bundle):
     after = slow.files(**request)
 
     hang_up(slow, text=TEXT, candidates=64)
-    wait_for(lambda: slow.health()["status"] == "READY", 1, "READY after the client hung up")
+    wait_for(lambda: slow.health()["status"] == "READY", 2.5, "READY after the client hung up")
     with Server(tmp_path, slow_bundle) as fresh:
         assert fresh.ready().files(**request) == after == slow.files(**request)
 
