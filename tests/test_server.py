@@ -325,6 +325,8 @@ def test_uploads_are_complete_when_the_first_is_slow(tmp_path, bundle, server):
 
 def hang_up(server, **inputs):
     """Send a request and close the connection while it runs."""
+    # A server that has answered may be busy for another moment, and would refuse the next request.
+    wait_for(lambda: server.health()["status"] == "READY", 10, "READY")
     body = json.dumps({"input": inputs}).encode()
     head = f"POST /predictions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
