@@ -1,10 +1,10 @@
-"""The model as Cog serves it: a text in, image files out.
+"""The model as Cog serves it: a text, a picture or both in, image files out.
 
 Cog's build parses this file without running it. Types, ranges and defaults are therefore plain
 literals, each description is one string on one line, optional inputs are spelled `Optional[...]`,
 and `predict` has no decorator; `python -m scripts.cog_schema` refuses what Cog would not read.
 """
-# ruff: noqa: UP045
+# ruff: noqa: B008, UP045
 
 import inspect
 import reprlib
@@ -33,7 +33,8 @@ class Predictor(BasePredictor):
     def predict(
         self,
         text: str = Input(
-            description="What the images should show.", min_length=1, max_length=1000
+            description="What the images should show. Empty only where an image is given.",
+            max_length=1000
         ),
         num_outputs: int = Input(
             description="How many images to return, best first.", ge=1, le=8, default=4
@@ -69,9 +70,36 @@ class Predictor(BasePredictor):
             description="Quality of webp and jpg, 100 is best. No effect on png.",
             ge=0, le=100, default=80
         ),
+        image: Optional[Path] = Input(
+            description="A picture that the images should resemble.", default=None
+        ),
+        image_weight: float = Input(
+            description="With text and image: 0 is the text alone, 1 the image alone.",
+            ge=0, le=1, default=0.5
+        ),
+        negative_text: Optional[str] = Input(
+            description="What the images should not show. Needs guidance above 1.",
+            max_length=1000, default=None
+        ),
+        init_image: Optional[Path] = Input(
+            description="A picture of which a part stays. Needs mask or keep.", default=None
+        ),
+        mask: Optional[Path] = Input(
+            description="A picture, white where init_image is drawn anew.", default=None
+        ),
+        keep: Optional[float] = Input(
+            description="The share of init_image that stays, from the top.",
+            ge=0, le=1, default=None
+        ),
+        metadata: bool = Input(
+            description="Write into each file how it was made.", default=True
+        ),
     ) -> list[Path]:
         """Image files, best first. A bad value or too little memory raises one clear sentence."""
         given = {name: checked(name, value) for name, value in locals().items() if name in INPUTS}
+        if given["image"] is None and not given["text"].strip():
+            raise ValueError("text must be 1 to 1000 characters and not blank, unless an image is "
+                             f"given, got {reprlib.repr(given['text'])}.")
         for previous in Path(self.outputs.name).iterdir():  # Cog never deletes them
             shutil.rmtree(previous)
         folder = Path(tempfile.mkdtemp(dir=self.outputs.name))
@@ -84,15 +112,16 @@ class Predictor(BasePredictor):
         print(f"Using seed: {given['seed']}")
 
         suffix, quality = given.pop("output_format"), given.pop("output_quality")
+        metadata = given.pop("metadata")
         start = time.perf_counter()
-        images = self.generate(num_images=given.pop("num_outputs"), **given)
+        images = self.generate(num_images=given.pop("num_outputs"), progress=Percent(), **given)
         seconds = time.perf_counter() - start
 
         paths = []
         for index, image in enumerate(images):
             print(f"output {index}: seed {image.seed}, score {image.score:.2f}")
             paths.append(folder / f"output_{index}_seed_{image.seed}.{suffix}")
-            image.image.save(paths[-1], quality=quality)
+            image.save(paths[-1], quality, metadata)
         codes = given["candidates"] * images[0].codes.size
         self.record_metric("seeds", [image.seed for image in images])
         self.record_metric("scores", [round(float(image.score), 4) for image in images])
@@ -119,6 +148,23 @@ class Predictor(BasePredictor):
                            "guidance 1, which halves the work.")
 
 
+class Percent:
+    """Prints a line of tqdm's shape, from which Replicate's page makes a bar, once a second."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.last < 1:
+            return
+        self.last, seconds = now, now - self.start
+        bar, left = "█" * (10 * done // total), seconds * (total - done) / done
+        spent, left = (f"{int(t) // 60:02d}:{int(t) % 60:02d}" for t in (seconds, left))
+        print(f"{100 * done // total:3d}%|{bar:10}| {done}/{total} [{spent}<{left}, "
+              f"{done / seconds:.1f}code/s]", flush=True)
+
+
 INPUTS = dict(list(inspect.signature(Predictor.predict).parameters.items())[1:])  # without self
 
 
@@ -134,8 +180,12 @@ def checked(name: str, value: Any) -> Any:
     if field.choices:
         fits, wanted = value in field.choices, f"one of {', '.join(field.choices)}"
     elif kind is str:
-        fits = isinstance(value, str) and value.strip() and len(value) <= field.max_length
-        wanted = f"{field.min_length} to {field.max_length} characters and not blank"
+        fits = isinstance(value, str) and len(value) <= field.max_length
+        wanted = f"a text of at most {field.max_length} characters"
+    elif kind is Path:  # a plain string would be a file of the server's own
+        fits, wanted = isinstance(value, Path), "a file, or a URL that begins with data: or http"
+    elif kind is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
     else:
         fits = type(value) in (int, float) and field.ge <= value <= field.le
         fits = fits and kind(value) == value

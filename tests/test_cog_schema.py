@@ -39,7 +39,8 @@ def test_predict_py_matches_the_golden_schema():
     assert {key: schema[key] for key in ("paths", "components")} == golden
     assert list(schema["components"]["schemas"]["Input"]["properties"]) == [
         "text", "num_outputs", "candidates", "seed", "temperature", "top_k", "top_p", "guidance",
-        "output_format", "output_quality",
+        "output_format", "output_quality", "image", "image_weight", "negative_text", "init_image",
+        "mask", "keep", "metadata",
     ]
 
 

@@ -96,7 +96,8 @@ def test_a_file_an_image_and_other_shapes_of_one_picture_are_alike(model, tmp_pa
 
 @pytest.mark.parametrize("mode, colour", [
     ("L", 200), ("1", 1), ("P", 3), ("RGBA", (9, 9, 9, 0)), ("LA", (9, 90)),
-    ("CMYK", (0, 90, 9, 9)), ("I;16", 40_000), ("I", 40_000), ("YCbCr", (90, 90, 90)), ("LAB", (50, 9, 9))])
+    ("CMYK", (0, 90, 9, 9)), ("I;16", 40_000), ("I", 40_000),
+    ("YCbCr", (90, 90, 90)), ("LAB", (50, 9, 9))])
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (33, 32)])
 def test_pictures_of_every_mode_and_shape_are_taken(model, mode, colour, size):
     assert one(model, image=Image.new(mode, size, colour)).image.size == (S, S)

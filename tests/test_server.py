@@ -1,5 +1,6 @@
 """predict.py behind the real Cog server, on random micro-weights and on the default bundle."""
 
+import base64
 import io
 import json
 import re
@@ -99,8 +100,11 @@ def test_omitted_inputs_take_the_defaults(server):
     inputs = schema["components"]["schemas"]["Input"]["properties"]
     defaults = {name: field["default"] for name, field in inputs.items() if "default" in field}
     assert defaults == {"num_outputs": 4, "candidates": 16, **dict.fromkeys(["seed", *SAMPLING]),
-                        "output_format": "webp", "output_quality": 80}
-    explicit = defaults | SAMPLING | {"text": TEXT, "seed": 5}
+                        "output_format": "webp", "output_quality": 80, "image_weight": 0.5,
+                        "metadata": True,
+                        **dict.fromkeys(["image", "negative_text", "init_image", "mask", "keep"])}
+    given = {name: value for name, value in defaults.items() if value is not None}
+    explicit = given | SAMPLING | {"text": TEXT, "seed": 5}
     assert server.files(text=TEXT, seed=5) == server.files(**explicit)
 
 
@@ -166,7 +170,7 @@ def test_cut_texts_and_unknown_words_are_logged(server):
 
 
 BAD = [
-    *(("text", value) for value in ["", "x" * 1001, 5, ["a"], None]),
+    *(("text", value) for value in ["x" * 1001, 5, ["a"], None]),
     *(("num_outputs", value) for value in [0, 9, 2.5, "4", True, None]),
     *(("candidates", value) for value in [0, 65, 1e30, None]),
     *(("seed", value) for value in [-1, 2**31, 10**30, 1.5, "7", {}]),
@@ -176,6 +180,9 @@ BAD = [
     *(("guidance", value) for value in [0.9, 20.1, 0]),
     *(("output_format", value) for value in ["gif", "WEBP", "", 1, ["webp"], None]),
     *(("output_quality", value) for value in [-1, 101, 80.5, None]),
+    *(("image", value) for value in [5, ["a"]]), *(("negative_text", value) for value in [5, []]),
+    *(("image_weight", value) for value in [-0.1, 1.1, "1", None]),
+    *(("keep", value) for value in [-1, 2, "half"]), *(("metadata", value) for value in [1, "a"]),
 ]
 
 
@@ -187,7 +194,7 @@ def test_a_bad_value_is_422(server, name, value):
     assert {tuple(error["loc"]) for error in response["detail"]} == {("body", "input", name)}
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD, ("text", " \n\t\u3000")])
+@pytest.mark.parametrize(("name", "value"), [*BAD, ("text", " \n\t\u3000"), ("text", "")])
 def test_a_bad_value_is_one_sentence_without_the_schema(unchecked, name, value):
     response = unchecked.predict(**{"text": TEXT, name: value})
     assert response["status"] == "failed"
@@ -205,6 +212,46 @@ def test_the_text_is_required(server, unchecked):
         status, response = server.post(body)
         assert status == 422 and response["detail"][0]["loc"] == ["body", "input", "text"]
     assert "text must be" in unchecked.predict()["error"]
+
+
+def data_url(content, mime="image/png"):
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def picture(size=(40, 32)):
+    content = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(content, "PNG")
+    return content.getvalue()
+
+
+def test_a_picture_is_a_prompt_and_an_edit(server):
+    url, alone = data_url(picture()), {"num_outputs": 1, "candidates": 1, "seed": 4}
+    files = {name: server.files(**alone, **inputs) for name, inputs in {
+        "text": {"text": TEXT}, "image": {"text": "", "image": url},
+        "blend": {"text": TEXT, "image": url}, "keep": {"text": TEXT, "init_image": url,
+                                                        "keep": 0.5},
+        "mask": {"text": TEXT, "init_image": url, "mask": url},
+        "negative": {"text": TEXT, "guidance": 3, "negative_text": "beach"},
+        "plain": {"text": TEXT, "metadata": False}}.items()}
+    assert len({content for content, in files.values()}) == 7
+    for name, (content,) in files.items():
+        exif = Image.open(io.BytesIO(content)).getexif().get_ifd(0x8769)
+        assert bool(exif) == (name != "plain")
+    assert server.files(text=TEXT, image=data_url(picture(), "text/plain"), **alone)
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (data_url(b""), "empty"), (data_url(b"no image"), "no image of a known format"),
+    (data_url(picture()[:200]), "cannot be read"), (data_url(b"x" * 5_000_000), "no image"),
+    ("data:image/png;base64,!!!", "cannot be read"), ("/etc/hostname", "image must be a file"),
+    ("file:///etc/hostname", "image must be"), ("nothing", "image must be"), ("", "image must be"),
+    ("http://127.0.0.1:1/a.png", "127.0.0.1"), ("data:", "")])
+def test_a_picture_that_cannot_be_read_is_one_sentence_and_leaves_no_file(server, value, words):
+    response = server.predict(text=TEXT, image=value)
+    assert response["status"] == "failed" and words in response["error"]
+    assert "\n" not in response["error"]
+    assert wait_for(lambda: server.health()["status"] == "READY", 10, "READY")
+    assert not list(server.temporary.glob("tmp*file*"))
 
 
 def test_null_is_refused_with_the_schema_and_omitted_without(server, unchecked):
