@@ -56,7 +56,7 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
     again = ablations.summary(rows)[mean]
     assert again["rows"] == 2 and again["token_ce"] == pytest.approx(
         sum(rows[f"{mean}, seed {i}"]["token_ce"] for i in (0, 1)) / 2, rel=1e-3)
-    with pytest.raises(SystemExit, match="other arguments"):
+    with pytest.raises(SystemExit, match="other settings"):
         ablations.main([*arguments, first, "--steps", "3"])
 
 

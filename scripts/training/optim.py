@@ -7,6 +7,7 @@ matrix, as the three that they are.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -50,26 +51,27 @@ def adamw(module: nn.Module, peak: float, decay: float) -> torch.optim.AdamW:
                              fused=parameters[0].is_cuda)
 
 
-class Average:
-    """Exponential moving average of a module's parameters and buffers, in float32."""
+class EMA:
+    """Exponential moving average of a module's parameters and buffers: `module`, in eval mode."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # early weights are forgotten soon
-        now = module.state_dict()
+        mine, now = self.state(), module.state_dict()
         floating = [k for k, v in now.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floating], [now[k] for k in floating],
-                             1 - decay)
+        torch._foreach_lerp_([mine[k] for k in floating], [now[k] for k in floating], 1 - decay)
         for name in now.keys() - set(floating):
-            self.state[name].copy_(now[name])
+            mine[name].copy_(now[name])
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self.state[name].copy_(value)
+    def state(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state)
 
 
 MOMENTUM = 0.95
