@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.bundle import Bundle, load_bundle
+from clipgen.device import default_dtype, find_device
 from clipgen.sampling import SEEDS, Sampler, whole
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int8  # of a GPT
@@ -37,35 +37,6 @@ class GeneratedImage:
     seed: int  # generate(text, num_images=1, candidates=1, seed=seed) makes it again
     score: float  # cosine of CLIP's text and image embeddings
     codes: np.ndarray  # int64 (h, w)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, which a CPU, a CUDA capture and cuBLAS say in RuntimeErrors."""
-    told = re.search("(?<!illegal )memory|ALLOC_FAILED", str(error))
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or told is not None
-
-
-def find_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; for None CUDA if there is one, else the CPU.
-
-    ValueError: no name of a device, or a CUDA device that is not here.
-    """
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        found = torch.device(device or ("cuda" if devices else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
-    if found.type == "cuda" and (found.index or 0) >= devices:
-        raise ValueError(f"device {found}: PyTorch sees {devices} CUDA devices here, device cpu is "
-                         "always there")
-    return found
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """The GPT's precision: fp32 on CPU; on CUDA bf16 from compute capability 8, fp16 below."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 class ClipGen:

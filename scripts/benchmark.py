@@ -16,9 +16,9 @@ import sys
 from importlib import import_module
 
 from clipgen import is_out_of_memory
-from clipgen.pipeline import find_device
+from clipgen.device import find_device
 
-# Each is the file benchmark_NAME.py, of which `parse` takes the arguments, `measure` makes the
+# Each is the file benchmarks/NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
 COMMANDS = ("train", "sample", "serve", "start")
 
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("command", choices=COMMANDS)
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     given = p.parse_args(arguments)
-    command = import_module(f"scripts.benchmark_{given.command}")
+    command = import_module(f"scripts.benchmarks.{given.command}")
     try:
         a = command.parse(given.arguments)
         result = command.measure(a)

@@ -3,7 +3,7 @@
     python -m scripts.encode_images photos/ runs/shards --clip weights/emoji --vqgan runs/vqgan
     accelerate launch -m scripts.encode_images ...      on several devices
 
-IMAGES is what `scripts.images` opens: a folder, zip or tar, 'data/{0000..0099}.tar', or a preset
+IMAGES is what `data.images` opens: a folder, zip or tar, 'data/{0000..0099}.tar', or a preset
 such as coco:/data/coco.  Each image is stored as its centre square and as random squares, each with
 the embedding of that very square.  The validation images are those of --validation, else the
 source's own, else a share of it; where they have captions, one of each is embedded too.
@@ -31,17 +31,17 @@ from tqdm import tqdm
 
 from clipgen.clip import CLIP
 from clipgen.vqgan import VQGAN
-from scripts import shards
-from scripts.arguments import positive, scale, seed, whole
-from scripts.checkpoints import write_text
-from scripts.feed import open_parts
-from scripts.images import Images, UnreadableImage, draw
-from scripts.parts import CODES, fingerprint, load_clip, load_vqgan
-from scripts.runs import report, say_interrupted
-from scripts.views import centre_view, least_side, random_view
+from scripts.data import shards
+from scripts.data.dataset import open_parts
+from scripts.data.files import write_text
+from scripts.data.images import Images, UnreadableImage, draw
+from scripts.data.transforms import centre_view, least_side, random_view
+from scripts.training.cli import positive, scale, seed, whole
+from scripts.training.loading import CODES, fingerprint, load_clip, load_vqgan
+from scripts.training.trainer import report, say_interrupted
 
 IMAGES_PER_SHARD = 1024  # so many, per process, are encoded again after a kill
-CROP = 2  # separates the crops stored here from the random streams of scripts.views
+CROP = 2  # separates the crops stored here from the random streams of scripts.data.transforms
 NAMED = 20  # unreadable images on stderr; the manifest names all
 
 

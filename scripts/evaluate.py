@@ -6,9 +6,9 @@
     python -m scripts.evaluate runs/mine --images photos/                  no text anywhere
 
 --prompts N     texts about things in places where the training of the default bundle never showed
-                them, and N / 5 of two things; scripts.judge says whether they are right (that needs
+                them, and N / 5 of two things; a judge says whether they are right (that needs
                 the emoji font: apt install fonts-noto-color-emoji).  Without --prompts and
-                --images: 200.  See scripts.world_scores for what the scores mean.
+                --images: 200.  See scripts.emoji.evaluate for what the scores mean.
 --prompts FILE  a file of texts, one a line.
 --prompts coco:PATH  captions of COCO, one an image; PATH: its folder, of which
                 annotations/captions_val2017.json is read, or a file like that one.
@@ -46,19 +46,22 @@ from tqdm import tqdm
 
 from clipgen import ClipGen, is_out_of_memory
 from clipgen.clip import CLIP, IMAGES_PER_PASS
-from clipgen.pipeline import find_device, to_image
+from clipgen.device import find_device
+from clipgen.pipeline import to_image
 from clipgen.sampling import SEEDS
-from scripts import metrics, world_scores
-from scripts.arguments import number
-from scripts.features import RADII, Network, blurred_features, load_network
-from scripts.feed import stack_views
+from scripts.data.dataset import stack_views
+from scripts.data.presets import open_images
+from scripts.emoji import evaluate as world_scores
+from scripts.emoji.judge import load_judge
+from scripts.emoji.prompts import world_size
+from scripts.evaluation import metrics
+from scripts.evaluation.features import RADII, Network, blurred_features, load_network
+from scripts.evaluation.figures import sheet
+from scripts.evaluation.prompts import COCO_TEXTS, read_prompts
+from scripts.evaluation.report import print_table
 from scripts.generate_images import Parser, device
-from scripts.images import open_images
-from scripts.judge import load_judge
-from scripts.parts import load_clip
-from scripts.prompts import COCO_TEXTS, read_prompts, world_size
-from scripts.sheet import sheet
-from scripts.tables import print_table
+from scripts.training.cli import number
+from scripts.training.loading import load_clip
 
 TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks
 AMONG, IN_SHEET = 100, 64  # targets that R@1 chooses from; images on a sheet
@@ -150,7 +153,7 @@ def main(arguments: list[str] | None = None) -> dict:
     print(json.dumps(result))
     if result.get("judge_on_renders", 1) < 0.99:
         raise SystemExit("the judge gets fewer than 99 % of new renders right, so its word counts "
-                         "for little: train it again with scripts.judge --train")
+                         "for little: train it again with scripts.emoji.judge --train")
     return result
 
 
@@ -222,7 +225,7 @@ def check_texts(model: ClipGen, texts: list[str], world: bool) -> dict[str, int]
     """How many texts CLIP cuts and how many words it never saw; ValueError: such in its `world`."""
     unknown = sorted({word for text in texts for word in model.clip.unknown_words(text)})
     if world and unknown:
-        raise ValueError("this bundle was not trained on the world of scripts.scenes, its CLIP "
+        raise ValueError("this bundle was not trained on the world of the default one, its CLIP "
                          f"never saw {', '.join(map(repr, unknown[:3]))}: give --prompts FILE or "
                          "--images SOURCE")
     if unknown:

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scripts.arguments import number, seed
+from scripts.training.cli import number, seed
 
 # torch and clipgen are imported once the arguments are known to be good: they take seconds.
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from clipgen.bundle import BundleError, SamplingDefaults, load_bundle, save_bundle
 from clipgen.gpt import GPT
-from scripts.arguments import number
-from scripts.parts import (
+from scripts.training.cli import number
+from scripts.training.loading import (
     CODES,
     fingerprint,
     load_clip,

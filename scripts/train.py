@@ -35,23 +35,19 @@ from PIL import Image
 
 from clipgen.bundle import BundleError, load_bundle, refuse_other_files
 from clipgen.pipeline import to_image
-from scripts import (
-    checkpoints,
-    encode_images,
-    evaluate,
-    make_bundle,
-    runs,
-    train_gpt,
-    train_vqgan,
-)
-from scripts.arguments import duration, positive, scale, seed, share, shown, whole
-from scripts.card import curves_of, plot, write_card
-from scripts.feed import open_parts, refuse_inside, stack_views
-from scripts.images import Images, UnreadableImage
-from scripts.parts import load_clip, load_vqgan
-from scripts.shards import read_shards
-from scripts.sizes import new_sizes, sizes_of
-from scripts.views import least_side
+from scripts import encode_images, evaluate, make_bundle, train_gpt, train_vqgan
+from scripts.data.captions import shown
+from scripts.data.dataset import open_parts, refuse_inside, stack_views
+from scripts.data.files import write_text
+from scripts.data.images import Images, UnreadableImage
+from scripts.data.shards import read_shards
+from scripts.data.transforms import least_side
+from scripts.evaluation.figures import curves_of, plot
+from scripts.evaluation.report import write_card
+from scripts.training import trainer
+from scripts.training.cli import duration, positive, scale, seed, share, whole
+from scripts.training.loading import load_clip, load_vqgan
+from scripts.training.plan import new_sizes, sizes_of
 
 # Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
 SHARES = {"vqgan": 0.5, "encode": 0.08, "gpt": 0.25, "evaluate": 0.08}
@@ -98,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "most 5,000 of them (0.05)")
     add("--scale", type=scale, default=0.85, help="least share of the side in a crop (0.85)")
     add("--no-flip", action="store_true", help="mirror no image")
-    add("--dtype", choices=runs.PRECISIONS, help="default: bfloat16 on CUDA where it has it")
+    add("--dtype", choices=trainer.PRECISIONS, help="default: bfloat16 on CUDA where it has it")
     add("--workers", type=whole, help="processes that read images (default: by machine)")
     add("--run", type=Path, help="directory of the work (default: runs/ and the name of --out)")
     add("--seed", type=seed, default=0)
@@ -122,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     began = time.time()
     a = parse(arguments)
-    accelerator = runs.start(a.dtype, a.seed)
+    accelerator = trainer.start(a.dtype, a.seed)
     try:
         images, held, fingerprint = open_parts(a.images, None, a.held_out, a.captions)
         plan = None
@@ -192,7 +188,7 @@ def new_plan(a: argparse.Namespace, accelerator: Accelerator, images: Images, he
     a.run.mkdir(parents=True, exist_ok=True)
     plan = Plan(a.command, settings_of(a), len(images), len(held), fingerprint, size, vqgan,
                 gpt + (["--compile"] if a.modern else []), a.time)
-    checkpoints.write_text(a.run / "plan.json", json.dumps(asdict(plan), indent=1))
+    write_text(a.run / "plan.json", json.dumps(asdict(plan), indent=1))
     return plan
 
 
@@ -243,7 +239,7 @@ class Stages:
 
     def keep_plan(self) -> None:
         if self.accelerator.is_main_process:
-            checkpoints.write_text(self.a.run / "plan.json",
+            write_text(self.a.run / "plan.json",
                                    json.dumps(asdict(self.plan), indent=1))
 
     def run(self, images: Images, held: Images) -> dict:
@@ -401,4 +397,4 @@ class Stages:
 
 
 if __name__ == "__main__":
-    runs.report(main())
+    trainer.report(main())

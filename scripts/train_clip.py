@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
-from scripts import runs
-from scripts.arguments import positive, scale, share, whole
-from scripts.feed import Feed, open_parts, refuse_inside, stack_views
-from scripts.images import Images
-from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
+from scripts.data.dataset import Feed, open_parts, refuse_inside, stack_views
+from scripts.data.images import Images
+from scripts.training import trainer
+from scripts.training.cli import positive, scale, share, whole
+from scripts.training.optim import Average, adamw, learning_rate, set_learning_rate
 
 RETRIEVED = 100  # texts that an image's own is looked for among
 
@@ -92,7 +92,7 @@ class Pair(nn.Module):
 
 
 class CLIPTraining:
-    """See `runs.Training`."""
+    """See `trainer.Training`."""
 
     def __init__(self, a: argparse.Namespace, accelerator: Accelerator, steps: int, clip: CLIP,
                  images: Images, lines: list[list[str]],
@@ -115,7 +115,7 @@ class CLIPTraining:
         a, accelerator = self.a, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         mine = slice(rank * a.batch, (rank + 1) * a.batch)
-        generator = runs.generator(a.seed, step)
+        generator = trainer.generator(a.seed, step)
         index, pixels = self.feed(step)
         which = torch.rand(world * a.batch, generator=generator)[mine].tolist()
         moves = torch.randint(-3, 4, (world * a.batch, 2), generator=generator)[mine]
@@ -181,7 +181,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=positive, default=24, help="of the image tower (24)")
     add("--text-width", type=positive, default=128)
     add("--text-layers", type=positive, default=3)
-    runs.add_arguments(p, steps=4000, batch=192, lr=1e-3)
+    trainer.add_arguments(p, steps=4000, batch=192, lr=1e-3)
     add("--warmup", type=whole, default=200, help="steps (200)")
     add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
     add("--scale", type=scale, default=1.0, help="least share of the side in a crop (1)")
@@ -192,7 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     a = parse(arguments)
-    accelerator = runs.start(a.dtype, a.seed)
+    accelerator = trainer.start(a.dtype, a.seed)
     if a.text_width % 32:
         raise SystemExit(f"--text-width {a.text_width} is no multiple of 32")
     try:
@@ -210,16 +210,16 @@ def main(arguments: list[str] | None = None) -> dict:
     vocabulary = vocabulary_of({line for each in lines for line in each})
     clip = CLIP(small_config(vocabulary, a))
     held_set = (views, [each[0] for each in texts], [held.labels(i) for i in shown])
-    training, steps, scores = runs.run(
+    training, steps, scores = trainer.run(
         a, accelerator, lambda steps: CLIPTraining(a, accelerator, steps, clip, images, lines,
                                                    held_set),
         data=data, clip=clip.config.model)
     if accelerator.is_main_process:
-        runs.finish(a.run, "clip", training.average.state,
+        trainer.finish(a.run, "clip", training.average.state,
                     {"model": clip.config.model, "vocabulary": list(vocabulary)})
     accelerator.wait_for_everyone()
     return {"steps": steps, "n_images": len(images), "n_held_out": len(shown)} | scores
 
 
 if __name__ == "__main__":
-    runs.report(main())
+    trainer.report(main())

@@ -29,15 +29,15 @@ from clipgen.clip import CLIP
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.sampling import Sampler
 from clipgen.vqgan import VQGAN
-from scripts import runs
-from scripts.arguments import amount, positive, share, whole
-from scripts.grids import grid
-from scripts.muon import muon
-from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
-from scripts.parts import CODES, fingerprint, load_clip, load_gpt, load_vqgan
-from scripts.reconstruction import entropy
-from scripts.shards import Shards, file_sha256, read_shards
-from scripts.views import order
+from scripts.data.files import sha256
+from scripts.data.shards import Shards, read_shards
+from scripts.data.transforms import order
+from scripts.evaluation.figures import grid
+from scripts.evaluation.scores import entropy
+from scripts.training import trainer
+from scripts.training.cli import amount, positive, share, whole
+from scripts.training.loading import CODES, fingerprint, load_clip, load_gpt, load_vqgan
+from scripts.training.optim import Average, adamw, learning_rate, muon, set_learning_rate
 
 OPTIMIZERS = {"muon": muon, "adamw": adamw}
 NEW = {"layers": 6, "width": 256, "heads": 4}  # sizes of a new GPT
@@ -104,7 +104,7 @@ class Reconstruction(nn.Module):
 
 
 class GPTTraining:
-    """See `runs.Training`."""
+    """See `trainer.Training`."""
 
     def __init__(self, a: argparse.Namespace, accelerator: Accelerator, steps: int, gpt: GPT,
                  data: Shards, held: Shards, means: dict[str, Tensor] | None,
@@ -125,7 +125,7 @@ class GPTTraining:
     def step(self, step: int) -> dict[str, Tensor]:
         a, device = self.a, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        generator = runs.generator(a.seed, step)
+        generator = trainer.generator(a.seed, step)
         # Everything is drawn for the batches of all processes; each takes its own part.
         total, mine = world * a.batch, slice(rank * a.batch, (rank + 1) * a.batch)
         rows = torch.as_tensor(order(len(self.data), step * total, total, a.seed))
@@ -229,7 +229,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, value in NEW.items():
         add(f"--{name}", type=positive, help=f"({value}, or that of --from)")
     add("--from", dest="start_from", metavar="BUNDLE", help="go on from the GPT of a bundle or run")
-    runs.add_arguments(p, steps=12000, batch=64, lr=1e-3)
+    trainer.add_arguments(p, steps=12000, batch=64, lr=1e-3)
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="(muon); a step of adamw is a "
         "tenth shorter on a CPU, and worth less")
     add("--warmup", type=whole, default=300, help="steps (300)")
@@ -252,7 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     a = parse(arguments)
-    accelerator = runs.start(a.dtype, a.seed)
+    accelerator = trainer.start(a.dtype, a.seed)
     try:
         data = read_shards(a.shards)
         held = read_shards(a.validation or a.shards, "validation")
@@ -281,22 +281,22 @@ def main(arguments: list[str] | None = None) -> dict:
         reconstruction = Reconstruction(clip, copy.deepcopy(vqgan))
     means = means_of(data, a.shards) if a.subtract_means else None
     gpt = make_gpt(a, data)
-    training, steps, scores = runs.run(
+    training, steps, scores = trainer.run(
         a, accelerator, lambda steps: GPTTraining(a, accelerator, steps, gpt, data, held, means,
                                                   reconstruction, vqgan),
         gpt=vars(gpt.config), vqgan_sha256=manifest["vqgan_sha256"],
-        clip_sha256=manifest["clip_sha256"], data=file_sha256(a.shards / "manifest.json"))
+        clip_sha256=manifest["clip_sha256"], data=sha256(a.shards / "manifest.json"))
     scores["unigram_ce"] = training.unigram()
-    if speeds := sorted(runs.logged(a.run, "steps_per_second")):
+    if speeds := sorted(trainer.logged(a.run, "steps_per_second")):
         rate = speeds[len(speeds) // 2] * a.batch * accelerator.num_processes * data.length
         scores["codes_per_second"] = rate
         if peak := peak_flops(accelerator.device):
             scores["mfu"] = operations_per_code(gpt) * rate / (peak * accelerator.num_processes)
-        scores["memory_gb"] = max(runs.logged(a.run, "memory_gb"), default=0.0)
+        scores["memory_gb"] = max(trainer.logged(a.run, "memory_gb"), default=0.0)
     if accelerator.is_main_process:
         shards = {"vqgan_sha256": manifest["vqgan_sha256"], "clip_sha256": manifest["clip_sha256"],
                   "means": {k: v.tolist() for k, v in means.items()} if means else None}
-        runs.finish(a.run, "gpt", training.average.state, vars(gpt.config), shards=shards)
+        trainer.finish(a.run, "gpt", training.average.state, vars(gpt.config), shards=shards)
     accelerator.wait_for_everyone()
     return {"steps": steps} | {k: round(v, 4) for k, v in scores.items()}
 
@@ -343,4 +343,4 @@ def means_of(data: Shards, path: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    runs.report(main())
+    trainer.report(main())

@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts import reconstruction, runs
-from scripts.arguments import amount, positive, scale, share, whole
-from scripts.discriminator import Discriminator, hinge_loss
-from scripts.feed import Feed, open_parts, refuse_inside, stack_views
-from scripts.images import Images
-from scripts.optimise import Average, adamw, learning_rate, set_learning_rate
-from scripts.parts import load_clip, load_vqgan
-from scripts.perceptual import LPIPS, CLIPDistance
+from scripts.data.dataset import Feed, open_parts, refuse_inside, stack_views
+from scripts.data.images import Images
+from scripts.evaluation.scores import copy_scores
+from scripts.training import trainer
+from scripts.training.cli import amount, positive, scale, share, whole
+from scripts.training.loading import load_clip, load_vqgan
+from scripts.training.losses import LPIPS, CLIPDistance, Discriminator, hinge_loss
+from scripts.training.optim import Average, adamw, learning_rate, set_learning_rate
 
 # What --published sets where a flag is not given: arXiv 2012.09841's recipe at 16,384 codes, with
 # the commitment on the encoder's term and a warm-up that starts above zero.
@@ -115,7 +115,7 @@ def adaptive_weight(wanted: Tensor, gan: Tensor, weight: Tensor, accelerator: Ac
 
 
 class VQGANTraining:
-    """See `runs.Training`."""
+    """See `trainer.Training`."""
 
     def __init__(self, a: argparse.Namespace, accelerator: Accelerator, steps: int, vqgan: VQGAN,
                  images: Images, held: Tensor, perceptual: nn.Module | None):
@@ -220,7 +220,7 @@ class VQGANTraining:
         """Dead codes to outputs of the encoder for these batches of all processes."""
         everywhere = torch.cat([self.accelerator.gather(batch) for batch in features])
         count = restart_dead_codes(self.vqgan, self.used, everywhere,
-                                   runs.generator(self.a.seed + 1, step))
+                                   trainer.generator(self.a.seed + 1, step))
         return torch.tensor(float(count), device=everywhere.device)
 
     def state(self) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class VQGANTraining:
 
     def validate(self, count: int = 256) -> tuple[dict[str, float], dict[str, Image.Image]]:
         self.evaluated.load_state_dict(self.average.state)
-        scores, picture = reconstruction.score(self.evaluated, self.held[:count], self.perceptual)
+        scores, picture = copy_scores(self.evaluated, self.held[:count], self.perceptual)
         return scores, {"grid": picture}
 
 
@@ -265,7 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "dimensions, un-normalised, 256 pixels, lpips, adaptive GAN weight")
     add("--from", dest="start_from", metavar="BUNDLE", help="fine-tune a bundle's or run's VQGAN")
     add("--decoder-of", metavar="BUNDLE", help="the same, but its decoder alone")
-    runs.add_arguments(p, steps=12000, batch=16, lr=1e-3)
+    trainer.add_arguments(p, steps=12000, batch=16, lr=1e-3)
     add("--warmup", type=whole, default=200, help="steps (200)")
     add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
     add("--scale", type=scale, default=0.85, help="least share of the side in a crop (0.85)")
@@ -290,7 +290,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     a = parse(arguments)
-    accelerator = runs.start(a.dtype, a.seed)
+    accelerator = trainer.start(a.dtype, a.seed)
     perceptual = perceptual_loss(a)
     vqgan = make_vqgan(a)
     try:
@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> dict:
         pixels = stack_views(held, vqgan.config.image_size, 1000)[1]
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    training, steps, _ = runs.run(
+    training, steps, _ = trainer.run(
         a, accelerator, lambda steps: VQGANTraining(a, accelerator, steps, vqgan, images, pixels,
                                                     perceptual),
         data=data, vqgan=vars(vqgan.config),
@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if not math.isfinite(scores["l1"]):
         raise SystemExit(f"{a.run}: the VQGAN makes no finite pixels: train with a lower --lr")
     if accelerator.is_main_process:
-        runs.finish(a.run, "vqgan", training.average.state, vars(vqgan.config))
+        trainer.finish(a.run, "vqgan", training.average.state, vars(vqgan.config))
     accelerator.wait_for_everyone()
     return {"steps": steps, "n_images": len(images), "n_held_out": len(pixels)} | {
         k: round(v, 4) for k, v in scores.items()}
@@ -359,4 +359,4 @@ def make_vqgan(a: argparse.Namespace) -> VQGAN:
 
 
 if __name__ == "__main__":
-    runs.report(main())
+    trainer.report(main())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts import checkpoints, shards
+from scripts.data import shards
+from scripts.training import checkpoints
 from tests.shapes import write as write_images
 
 # Sums of more threads may differ in the last bit.

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
-from scripts.scenes import Scenes, draw_scene
-from scripts.world import OBJECTS
+from scripts.emoji.scenes import Scenes, draw_scene
+from scripts.emoji.world import OBJECTS
 
 
 def drawn_sprites() -> dict[str, Image.Image]:

@@ -13,17 +13,18 @@ import clipgen
 
 ROOT = Path(__file__).parent.parent
 CLIPGEN = sorted((ROOT / "clipgen").glob("*.py"))
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 SOURCES = [*CLIPGEN, *SCRIPTS, ROOT / "predict.py"]
 
 # Arrows within clipgen/. `bundle` makes the modules of the parts, so it knows the parts.
 ARROWS = {
-    "__init__": {"pipeline"},
-    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle"},
+    "__init__": {"device", "pipeline"},
+    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device"},
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
     "packed": {"gpt"},
     "clip": set(),
+    "device": set(),
     "gpt": set(),
     "vqgan": set(),
 }

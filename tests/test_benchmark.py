@@ -14,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgen import bundle
 from clipgen.gpt import KVCache
 from clipgen.sampling import SIZES, Sampler
-from scripts import benchmark, benchmark_sample, benchmark_train, shards
+from scripts import benchmark
+from scripts.benchmarks import sample as benchmark_sample
+from scripts.benchmarks import train as benchmark_train
+from scripts.data import shards
 from scripts.train_gpt import operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipgen import ClipGen
-from scripts import ablations, baseline_vqgan_clip, scenes
+from scripts.emoji import ablations, baseline_vqgan_clip, scenes
 from tests.micro import micro_bundle
 from tests.sprites import drawn_sprites
 

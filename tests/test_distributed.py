@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from scripts import checkpoints
+from scripts.training import checkpoints
 from tests.processes import (
     FLAGS,
     TWO_PROCESSES,
@@ -30,14 +30,14 @@ PROGRAM = """
 import importlib, sys
 import torch
 from accelerate import PartialState
-from scripts import runs
+from scripts.training import trainer
 
-def go(loop, first, before=runs.Loop.go):
+def go(loop, first, before=trainer.Loop.go):
     scores = before(loop, first)
     torch.save(loop.training.state(), loop.directory / f"process-{PartialState().process_index}.pt")
     return scores
 
-runs.Loop.go = go
+trainer.Loop.go = go
 importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 """
 

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from scripts import encode_images, shards
+from scripts import encode_images
+from scripts.data import shards
+from scripts.data.images import split
+from scripts.data.presets import open_images
+from scripts.data.shards import read_shards
+from scripts.data.transforms import centre_view
 from scripts.encode_images import Crops, main
-from scripts.images import open_images, split
-from scripts.parts import CODES, fingerprint, load_clip, load_vqgan
-from scripts.shards import read_shards
-from scripts.views import centre_view
+from scripts.training.loading import CODES, fingerprint, load_clip, load_vqgan
 from tests.micro import micro_bundle, micro_vqgan
 from tests.processes import ONE_THREAD, TWO_PROCESSES
 
@@ -201,9 +203,9 @@ def test_shards_keep_no_file_open(encoded):
 def test_two_processes_make_the_same_shards(encoded, source, bundle, tmp_path):
     script = tmp_path / "encode.py"
     script.write_text("from accelerate import PartialState\n"
-                      "from scripts import encode_images, runs\n"
+                      "from scripts import encode_images\nfrom scripts.training import trainer\n"
                       f"encode_images.IMAGES_PER_SHARD = {PER_SHARD}\n"
-                      "runs.report(encode_images.main())\n"
+                      "trainer.report(encode_images.main())\n"
                       "assert PartialState().num_processes == 2\n")
     result = subprocess.run(
         [sys.executable, "-m", *TWO_PROCESSES, str(script), str(source), str(tmp_path / "out"),

@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 
 from clipgen import ClipGen, UnknownWords
-from scripts import evaluate, features, judge, prompts, scenes, world
-from scripts.images import open_images
-from scripts.judge import load_judge
-from scripts.sheet import sheet, wrap
+from scripts import evaluate
+from scripts.data.presets import open_images
+from scripts.emoji import judge, scenes, world
+from scripts.emoji import prompts as world_prompts
+from scripts.emoji.judge import load_judge
+from scripts.evaluation import features, prompts
+from scripts.evaluation.figures import sheet, wrap
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes, drawn_sprites
 from tests.test_readme import ROOT
@@ -48,16 +51,16 @@ def run(capsys, *arguments):
 
 
 def test_prompts_show_what_training_did_not():
-    labels = prompts.held_out_labels(130, 40, seed=3)
-    assert labels == prompts.held_out_labels(130, 40, seed=3)
-    assert labels != prompts.held_out_labels(130, 40, seed=4)
+    labels = world_prompts.held_out_labels(130, 40, seed=3)
+    assert labels == world_prompts.held_out_labels(130, 40, seed=3)
+    assert labels != world_prompts.held_out_labels(130, 40, seed=4)
     names = list(world.OBJECTS)[:40]
     pairs = [(each.objects[0], each.place) for each in labels]
     assert set(pairs) == {pair for pair in world.HELD_OUT if pair[0] in names}
     counts = [pairs.count(pair) for pair in set(pairs)]
     assert max(counts) - min(counts) <= 1
-    seen = prompts.with_seen_places(labels, 3)
-    both = prompts.with_second_object(labels, 40, 3)
+    seen = world_prompts.with_seen_places(labels, 3)
+    both = world_prompts.with_second_object(labels, 40, 3)
     for one, moved, two in zip(labels, seen, both, strict=True):
         assert moved.objects == one.objects and not world.is_held_out(moved)
         assert len(set(two.objects)) == 2 and set(one.objects) < set(two.objects) <= set(names)
@@ -233,7 +236,7 @@ def test_another_clip_can_score(bundle, tmp_path, capsys):
     (["--prompts", "TMP/one.txt", "--score-clip", "none"], "none is no bundle"),
     (["--prompts", "TMP/one.txt", "--guidance", "2"], "guidance 2.0 needs a GPT that was trained"),
     (["--prompts", "5", "--count", "1"], "--count 1: the number of texts starts at 2"),
-    (["--prompts", "5"], "not trained on the world of scripts.scenes, its CLIP never saw 'a"),
+    (["--prompts", "5"], "not trained on the world of the default one, its CLIP never saw 'a"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -372,7 +375,7 @@ def test_the_default_bundle_knows_its_world(emoji):
     for i in range(300):
         assert not any(emoji.clip.unknown_words(text)
                        for text in scenes.Scenes(range(300), size, held_out=None).captions(i))
-    for text in prompts.texts_of(prompts.held_out_labels(200, size, 0), 0):
+    for text in world_prompts.texts_of(world_prompts.held_out_labels(200, size, 0), 0):
         assert not emoji.clip.unknown_words(text)
     with pytest.warns(UnknownWords, match="'submarine'"):
         image, = emoji.generate("a submarine on the beach", num_images=1, candidates=1, seed=0)

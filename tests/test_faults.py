@@ -18,9 +18,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from scripts import checkpoints, runs
-from scripts.shards import file_sha256
-from scripts.views import order
+from scripts.data.files import Hashing, sha256
+from scripts.data.transforms import order
+from scripts.training import checkpoints, trainer
 from tests.processes import (
     FLAGS,
     STEPS,
@@ -136,7 +136,7 @@ def test_ctrl_c_and_sigterm_save_what_they_say(half):
 
 
 def test_ctrl_c_before_the_first_step_is_a_sentence():
-    program = ("import time; from scripts import runs; runs.start('float32', 0); "
+    program = ("import time; from scripts.training import trainer; trainer.start('float32', 0); "
                "print('ready', flush=True); time.sleep(60)")
     process = start(sys.executable, "-c", program)
     process.stdout.readline()
@@ -177,7 +177,7 @@ class Walk:
 
     def step(self, step):
         self.act(self, step)
-        self.weight += torch.randn(1, generator=runs.generator(0, step))
+        self.weight += torch.randn(1, generator=trainer.generator(0, step))
         return {"loss": self.weight.abs().sum()}
 
     def state(self):
@@ -193,9 +193,9 @@ class Walk:
 def walk(directory, *flags, act=lambda training, step: None):
     """(the training at its end, its steps, scores)"""
     parser = argparse.ArgumentParser()
-    runs.add_arguments(parser, steps=20, batch=1, lr=1)
+    trainer.add_arguments(parser, steps=20, batch=1, lr=1)
     a = parser.parse_args(["--run", str(directory), *flags])
-    return runs.run(a, Accelerator(cpu=True), lambda steps: Walk(act))
+    return trainer.run(a, Accelerator(cpu=True), lambda steps: Walk(act))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -256,7 +256,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(shards, run, whole):
 
 @pytest.mark.parametrize("written", [0, 3])
 def test_what_torch_makes_of_a_full_disk_is_known(written, tmp_path, monkeypatch):
-    whole, calls = checkpoints.Hashing.write, []
+    whole, calls = Hashing.write, []
 
     def write(self, data):
         calls.append(data)
@@ -265,7 +265,7 @@ def test_what_torch_makes_of_a_full_disk_is_known(written, tmp_path, monkeypatch
         return whole(self, data)
 
     checkpoints.save(tmp_path, 1, {"step": 1})
-    monkeypatch.setattr(checkpoints.Hashing, "write", write)
+    monkeypatch.setattr(Hashing, "write", write)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(tmp_path, 2, {"weight": torch.zeros(100_000)})
     assert saved(tmp_path) == [1] and not list(tmp_path.glob(".*.part"))
@@ -330,8 +330,8 @@ def test_damaged_checkpoints_do_not_outlive_good_ones(tmp_path):
 def test_a_spoilt_log_is_no_obstacle(tmp_path):
     lines = ['{"step": 1, "loss": 2}', "\0\0", "[]", '{"loss": 1}', '{"step": 2, "loss": 1}',
              '{"step": 3, "loss": 1}']
-    assert [runs.step_of(line + "\n") for line in lines] == [1, 0, 0, 0, 2, 3]
-    assert runs.step_of('{"step": 4}') == 0  # cut short
+    assert [trainer.step_of(line + "\n") for line in lines] == [1, 0, 0, 0, 2, 3]
+    assert trainer.step_of('{"step": 4}') == 0  # cut short
 
 
 # Refusals
@@ -342,7 +342,7 @@ def test_other_settings_are_refused_in_a_sentence(shards, run, tmp_path):
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest))  # the same, in one line
     said = sentence("train_gpt", other, run, "--layers", 2, "--noise", 0.25)
-    digests = [file_sha256(directory / "manifest.json") for directory in (shards, other)]
+    digests = [sha256(directory / "manifest.json") for directory in (shards, other)]
     assert said == (
         f"{run} holds a run with other settings (data {digests[0]} became {digests[1]}, gpt.layers "
         "1 became 2, layers 1 became 2, noise 0.5 became 0.25): give those again, or another --run "
@@ -352,14 +352,15 @@ def test_other_settings_are_refused_in_a_sentence(shards, run, tmp_path):
 def test_a_directory_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(SystemExit, match=r"--run .*file cannot be written \(File exists\)"):
-        runs.claim(tmp_path / "file", True)
+        trainer.claim(tmp_path / "file", True)
     with pytest.raises(SystemExit, match=r"cannot be written \(Not a directory\)"):
-        runs.claim(tmp_path / "file" / "run", True)
+        trainer.claim(tmp_path / "file" / "run", True)
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):
-    program = ("import time; from pathlib import Path; from scripts import runs\n"
-               f"with runs.claim(Path({str(tmp_path)!r}), True): print(flush=True); time.sleep(60)")
+    program = ("import time; from pathlib import Path; from scripts.training import trainer\n"
+               f"with trainer.claim(Path({str(tmp_path)!r}), True):\n"
+               " print(flush=True); time.sleep(60)")
     holder = start(sys.executable, "-c", program)
     try:
         holder.stdout.readline()
@@ -378,7 +379,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     ("--time", "1.2.3s"), ("--batch", "0")])
 def test_flags_that_make_no_sense(flag, text, capsys):
     parser = argparse.ArgumentParser()
-    runs.add_arguments(parser, steps=1, batch=1, lr=1)
+    trainer.add_arguments(parser, steps=1, batch=1, lr=1)
     with pytest.raises(SystemExit) as exit:
         parser.parse_args(["--run", "run", f"{flag}={text}"])
     said = capsys.readouterr().err
@@ -386,12 +387,12 @@ def test_flags_that_make_no_sense(flag, text, capsys):
 
 
 def test_times():
-    assert [runs.duration(text) for text in ("90s", "20m", "1.5h", "2h30m")] == [90, 1200, 5400,
+    assert [trainer.duration(text) for text in ("90s", "20m", "1.5h", "2h30m")] == [90, 1200, 5400,
                                                                                  9000]
 
 
 def test_the_learning_rate_after_a_restart_is_the_new_one():
-    from scripts.optimise import adamw, set_learning_rate
+    from scripts.training.optim import adamw, set_learning_rate
 
     torch.manual_seed(0)
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)

@@ -18,18 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from scripts import archives
-from scripts.feed import open_parts, refuse_inside
-from scripts.images import (
-    ENDINGS,
-    UnreadableImage,
-    decode_image,
-    draw,
-    open_images,
-    read_captions,
-    split,
-)
-from scripts.views import Views, all_views, batches, centre_view, order, random_view
+from scripts.data import archives
+from scripts.data.captions import read_captions
+from scripts.data.dataset import open_parts, refuse_inside
+from scripts.data.images import ENDINGS, UnreadableImage, decode_image, draw, split
+from scripts.data.presets import open_images
+from scripts.data.transforms import Views, all_views, batches, centre_view, order, random_view
 
 
 def encoded(image, kind="PNG", **options):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from scripts import judge as judging
-from scripts.judge import ALL_PLACES, ALL_TIMES, WEIGHTS, Judge, load_judge, share
-from scripts.world import Labels
+from scripts.emoji import judge as judging
+from scripts.emoji.judge import ALL_PLACES, ALL_TIMES, WEIGHTS, Judge, load_judge, share
+from scripts.emoji.world import Labels
 
 
 @pytest.fixture(scope="module")

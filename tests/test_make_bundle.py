@@ -7,8 +7,9 @@ import pytest
 
 from clipgen import ClipGen
 from clipgen.bundle import SamplingDefaults
-from scripts import make_bundle, parts
-from scripts.runs import finish
+from scripts import make_bundle
+from scripts.training import loading
+from scripts.training.trainer import finish
 from tests.micro import micro_bundle
 
 SAMPLING = SamplingDefaults(temperature=0.9, top_k=7, top_p=0.8, guidance=1.5)
@@ -37,8 +38,8 @@ def test_a_gpt_of_a_run_is_guided_where_it_can_be(tmp_path, null_embedding, guid
     bundle = micro_bundle(tmp_path / "bundle", vocabulary=["night"],
                           null_embedding=null_embedding)
     run = run_of(bundle, tmp_path / "run", "gpt")
-    made_of = {"clip_sha256": parts.fingerprint(parts.load_clip(bundle)), "means": None,
-               "vqgan_sha256": parts.fingerprint(parts.load_vqgan(bundle), *parts.CODES)}
+    made_of = {"clip_sha256": loading.fingerprint(loading.load_clip(bundle)), "means": None,
+               "vqgan_sha256": loading.fingerprint(loading.load_vqgan(bundle), *loading.CODES)}
     (run / "shards.json").write_text(json.dumps(made_of))
     make_bundle.main([str(tmp_path / "made"), "--clip", str(bundle), "--vqgan", str(bundle),
                       "--gpt", str(run)])
@@ -64,7 +65,7 @@ def test_settings_that_no_bundle_can_have(bundle, tmp_path, capsys, flag, value)
     assert flag in last and f"'{value}' is not a" in last and not (tmp_path / "out").exists()
 
 
-LOAD = {"clip": parts.load_clip, "vqgan": parts.load_vqgan, "gpt": parts.load_gpt}
+LOAD = {"clip": loading.load_clip, "vqgan": loading.load_vqgan, "gpt": loading.load_gpt}
 
 
 def run_of(bundle, directory, part):
@@ -81,7 +82,7 @@ def run_of(bundle, directory, part):
 @pytest.mark.parametrize("part", LOAD)
 def test_a_part_of_a_run_is_the_one_that_was_trained(bundle, tmp_path, part):
     run = run_of(bundle, tmp_path / "run", part)
-    assert parts.fingerprint(LOAD[part](run)) == parts.fingerprint(LOAD[part](bundle))
+    assert loading.fingerprint(LOAD[part](run)) == loading.fingerprint(LOAD[part](bundle))
 
 
 @pytest.mark.parametrize("part", LOAD)
@@ -106,4 +107,4 @@ def test_a_damaged_run_is_one_sentence(bundle, tmp_path, part, damage):
 def test_a_file_that_is_no_clip_is_not_the_networks_fault(tmp_path):
     (tmp_path / "one.txt").write_text("night")
     with pytest.raises(SystemExit, match="one.txt is a checkpoint of ViT-B-32.* give a bundle"):
-        parts.load_clip(f"ViT-B-32:{tmp_path / 'one.txt'}")
+        loading.load_clip(f"ViT-B-32:{tmp_path / 'one.txt'}")

@@ -1,4 +1,4 @@
-"""scripts.metrics: distances against closed forms, scores on constructed embeddings, the blur."""
+"""evaluation.metrics: distances against closed forms, scores on made embeddings, the blur."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from scripts.metrics import blur, clip_score, frechet_distance, inception_score, mmd, retrieval_r1
+from scripts.evaluation.metrics import (
+    blur,
+    clip_score,
+    frechet_distance,
+    inception_score,
+    mmd,
+    retrieval_r1,
+)
 
 
 def normal(seed: int, n: int = 400, d: int = 6) -> np.ndarray:
@@ -82,7 +89,7 @@ def test_mmd_is_the_formula_of_kid_whatever_the_block_of_rows(monkeypatch):
 
     expected = mean_of_others(k(a, a)) + mean_of_others(k(b, b)) - 2 * k(a, b).mean()
     assert mmd(a, b) == pytest.approx(expected)
-    monkeypatch.setattr("scripts.metrics.ROWS", 10)
+    monkeypatch.setattr("scripts.evaluation.metrics.ROWS", 10)
     assert mmd(a, b) == pytest.approx(expected)
 
 

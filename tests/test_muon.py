@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.muon import Muon, muon, orthogonal
-from scripts.optimise import adamw
+from scripts.training.optim import Muon, adamw, muon, orthogonal
 from tests.micro import micro_gpt
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts import scenes, world
-from scripts.images import open_images
-from scripts.scenes import Scenes, draw_scene
-from scripts.views import batches
+from scripts.data.presets import open_images
+from scripts.data.transforms import batches
+from scripts.emoji import scenes, world
+from scripts.emoji.scenes import Scenes, draw_scene
 from tests.sprites import drawn_sprites
 
 SPRITES = drawn_sprites()

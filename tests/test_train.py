@@ -17,9 +17,11 @@ from PIL import Image
 
 from clipgen import ClipGen
 from scripts import encode_images, train, train_gpt
-from scripts.arguments import duration, shown
-from scripts.images import Images, UnreadableImage, open_images
-from scripts.sizes import new_sizes
+from scripts.data.captions import shown
+from scripts.data.images import Images, UnreadableImage
+from scripts.data.presets import open_images
+from scripts.training.cli import duration
+from scripts.training.plan import new_sizes
 from tests import shapes
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import scenes, train_emoji
-from scripts.images import open_images
+from scripts.data.presets import open_images
+from scripts.emoji import scenes
+from scripts.emoji import train as train_emoji
 
 
 @pytest.mark.parametrize("preset", list(train_emoji.PRESETS))

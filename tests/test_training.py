@@ -13,13 +13,13 @@ import torch
 from clipgen import ClipGen
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import train_clip, train_vqgan
-from scripts.discriminator import Discriminator
-from scripts.images import open_images
-from scripts.optimise import learning_rate
-from scripts.parts import CODES, fingerprint, load_vqgan
-from scripts.reconstruction import entropy, psnr, ssim
+from scripts.data.presets import open_images
+from scripts.evaluation.scores import entropy, psnr, ssim
 from scripts.train_gpt import Reconstruction, centre, perturbation
 from scripts.train_vqgan import restart_dead_codes, whiten
+from scripts.training.loading import CODES, fingerprint, load_vqgan
+from scripts.training.losses import Discriminator
+from scripts.training.optim import learning_rate
 from tests.micro import micro_clip, micro_vqgan
 from tests.sprites import drawn_scenes
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from scripts import world, world_scores
-from scripts.prompts import held_out_labels, with_seen_places
-from scripts.world import Labels
-from scripts.world_scores import Prompts, paired_scores, text_scores
+from scripts.emoji import evaluate as world_scores
+from scripts.emoji import world
+from scripts.emoji.evaluate import Prompts, paired_scores, text_scores
+from scripts.emoji.prompts import held_out_labels, with_seen_places
+from scripts.emoji.world import Labels
 
 OBJECTS = 12
 

@@ -1,0 +1,126 @@
+"""What serving adds to the model's own time: requests to the real Cog server, one after another.
+
+    python -m scripts.benchmark serve [--weights weights/emoji] [--requests 10]
+
+The model's time is that of `ClipGen.generate`, which predict.py reports as codes per second; all
+else between request and response is the server's: checks, encoding the files, HTTP.  Numbers are
+medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.cog_schema import ROOT, openapi_schema
+from scripts.training.cli import number, positive
+
+TEXT = "a cat on the beach at night"
+LONGEST = 600  # seconds that a start or a request may take
+
+
+@contextlib.contextmanager
+def serving(weights: Path) -> Iterator[str]:
+    """The URL of a server of that bundle, which is READY; SystemExit with its log if it fails."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
+        directory = Path(name)
+        (directory / "predict.py").symlink_to(ROOT / "predict.py")
+        (directory / ".cog").mkdir()
+        schema = openapi_schema((ROOT / "predict.py").read_text(encoding="utf-8"))
+        (directory / ".cog" / "openapi_schema.json").write_text(json.dumps(schema))
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "COG_PREDICT_TYPE_STUB": "predict.py:Predictor", "COG_WEIGHTS": str(weights.resolve()),
+            "PORT": str(port)}
+        with open(directory / "log", "wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"], cwd=directory,
+                env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            status, end = "STARTING", time.monotonic() + LONGEST
+            while status == "STARTING" and process.poll() is None and time.monotonic() < end:
+                with contextlib.suppress(OSError):
+                    status = answer(f"{url}/health-check")["status"]
+                time.sleep(0.02)
+            if status != "READY":
+                raise SystemExit(f"the server is {status}: {(directory / 'log').read_text()}")
+            yield url
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def answer(url: str, body: Any = None) -> Any:
+    """JSON that the server answers to a GET, or to a POST of that body."""
+    request = urllib.request.Request(url, body and json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=LONGEST) as response:
+        return json.load(response)
+
+
+def measure(a: argparse.Namespace) -> dict[str, Any]:
+    codes = json.loads((a.weights / "config.json").read_text())["gpt"]["block_size"] * a.candidates
+    whole, model = [], []
+    with serving(a.weights) as url:
+        for seed in tqdm(range(a.requests + 1), desc="requests", file=sys.stderr):
+            inputs = {"text": TEXT, "seed": seed, "candidates": a.candidates,
+                      "num_outputs": a.outputs}
+            while answer(f"{url}/health-check")["status"] != "READY":  # shortly after a response
+                time.sleep(0.02)
+            began = time.perf_counter()
+            result = answer(f"{url}/predictions", {"input": inputs})
+            whole.append(time.perf_counter() - began)
+            if result["status"] != "succeeded":
+                raise SystemExit(f"the server answered {result['error']}")
+            model.append(codes / result["metrics"]["codes_per_second"])
+    added = [w - m for w, m in zip(whole[1:], model[1:], strict=True)]  # the first is warm-up
+    request = statistics.median(whole[1:])
+    return {"weights": str(a.weights), "candidates": a.candidates, "outputs": a.outputs,
+            "requests": a.requests, "request_s": request, "model_s": statistics.median(model[1:]),
+            "added_s": statistics.median(added), "added_share": statistics.median(added) / request,
+            "first_request_s": whole[0]}
+
+
+def table(r: dict[str, Any]) -> str:
+    return (f"{r['outputs']} images of {r['candidates']} candidates: request to response "
+            f"{r['request_s']:.3f} s, of it the model {r['model_s']:.3f} s, "
+            f"all else {1000 * r['added_s']:.0f} ms ({r['added_share']:.1%}); "
+            f"the first request {r['first_request_s']:.3f} s")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m scripts.benchmark serve", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--weights", type=Path, default=ROOT / "weights" / "emoji", help="bundle (weights/emoji)")
+    add("--requests", type=positive, default=10, help="after one to warm up (10)")
+    add("--candidates", type=number(int, 1, 64), default=16, help="(16)")
+    add("--outputs", type=number(int, 1, 8), default=4, help="(4)")
+    a = p.parse_args(arguments)
+    if not (a.weights / "config.json").is_file():
+        raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
+    a.candidates = max(a.candidates, a.outputs)
+    return a

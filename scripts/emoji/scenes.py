@@ -1,0 +1,225 @@
+"""Scenes that the default bundle learns from: emoji in a place at a time of day, drawn by seed.
+
+An image source for every script of this folder, drawn when asked for:
+
+    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=20][,held-out][,keep]
+
+COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
+of a hundred show two things.  One (object, place) in ten is held out: it appears only with
+`held-out`, where every scene has such a pair.  With `keep` all are drawn at once, on all cores, and
+kept in memory, for a GPU that is faster than the painter; each process that trains has its own.
+`train_clip` learns from the captions; `encode_images` embeds some, to measure the gap between texts
+and images with, and for `train_gpt --subtract-means`.
+
+    python -m scripts.emoji.scenes runs/sheet.png [--objects N] [--size 128]   64 scenes to look at
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from scripts.emoji.painter import LIGHT, Painter
+from scripts.emoji.world import OBJECTS, PAIR_SHARE, Labels, draw_labels, is_held_out, write_caption
+from scripts.training.cli import number, positive
+
+Sprites = Mapping[str, Image.Image]  # object name -> RGBA picture
+SMOOTH = 2  # drawn at so many times the size, then reduced
+MOST_SEEDS = 2**40
+
+
+def find_font() -> Path:
+    """The Noto Color Emoji font: $CLIPGEN_EMOJI_FONT, else where Debian puts it.
+
+    ValueError: it is not there.
+    """
+    default = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+    path = Path(os.environ.get("CLIPGEN_EMOJI_FONT") or default)
+    if not path.is_file():
+        raise ValueError(f"no emoji font at {path}: run 'apt install fonts-noto-color-emoji' or "
+                         "set CLIPGEN_EMOJI_FONT to a NotoColorEmoji.ttf")
+    return path
+
+
+@functools.cache
+def emoji_sprites() -> Sprites:
+    """Every object's glyph, cropped to its ink (the font's bitmaps exist at size 109 alone)."""
+    path = find_font()
+    font = ImageFont.truetype(str(path), 109)
+    sprites = {}
+    for name, (glyph, _) in OBJECTS.items():
+        canvas = Image.new("RGBA", (160, 160))
+        ImageDraw.Draw(canvas).text((8, 8), glyph, font=font, embedded_color=True)
+        box = canvas.getbbox()
+        if box is None:
+            raise ValueError(f"the font {path} has no glyph for {name}; use a current "
+                             "NotoColorEmoji.ttf")
+        sprites[name] = canvas.crop(box)
+    return sprites
+
+
+def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
+                 scale: float) -> None:
+    """Put the sprite on the ground, at most `spread` from `x`, its longer side about `scale`.
+
+    With a shadow; size, place, tilt and mirror vary.
+    """
+    s, image = painter.s, painter.image
+    side = painter.u(0.88, 1.12) * scale * s
+    if painter.rng.random() < 0.5:
+        sprite = ImageOps.mirror(sprite)
+    ratio = side / max(sprite.size)
+    sprite = sprite.resize([max(1, round(d * ratio)) for d in sprite.size], Image.Resampling.BOX)
+    sprite = sprite.rotate(painter.u(-6, 6), Image.Resampling.BILINEAR, expand=True)
+    x, feet = (x + painter.u(-spread, spread)) * s, painter.u(0.84, 0.93) * s
+    w, h = sprite.size
+    shade = Image.new("L", image.size)
+    ImageDraw.Draw(shade).ellipse([x - 0.42 * w, feet - 0.035 * s, x + 0.42 * w, feet + 0.03 * s],
+                                  fill=90)
+    image.paste((20, 20, 40), mask=shade)
+    # Objects are lit less than the ground, so that they stay readable at night.
+    tint = tuple(round(255 * k ** 0.4) for k in LIGHT[painter.time])
+    rgb = ImageChops.multiply(sprite.convert("RGB"), Image.new("RGB", sprite.size, tint))
+    image.paste(rgb, (round(x - w / 2), round(feet - h)), sprite.getchannel("A"))
+
+
+def draw_scene(rng: np.random.Generator, labels: Labels, size: int,
+               sprites: Sprites | None = None) -> Image.Image:
+    """A picture (RGB, `size` pixels a side) of what the labels say; no two are alike."""
+    sprites = sprites or emoji_sprites()
+    painter = Painter(rng, SMOOTH * size, labels.place, labels.time)
+    if len(labels.objects) == 1:
+        place_object(painter, sprites[labels.objects[0]], 0.5, 0.14, 0.6)
+    else:
+        for x, name in zip((0.27, 0.73), labels.objects, strict=True):
+            place_object(painter, sprites[name], x, 0.03, 0.43)
+    painter.front(labels.place)
+    return painter.image.reduce(SMOOTH)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes by seed, as `data.images.Images` has images: nothing is kept unless `drawn`."""
+
+    seeds: range | tuple[int, ...]
+    objects: int = len(OBJECTS)
+    size: int = 64
+    held_out: bool | None = False  # None: whatever comes
+    pairs: int = round(100 * PAIR_SHARE)  # in a hundred: scenes of two things
+    drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 (N, S, S, 3)
+
+    @classmethod
+    def parse(cls, text: str) -> Scenes:
+        """Of what follows `scenes:`.  ValueError: it is not as the module says."""
+        count, *rest = text.split(",")
+        values = dict(objects=len(OBJECTS), size=64, first=0, pairs=cls.pairs)
+        held_out, keep = (word in rest for word in ("held-out", "keep"))
+        for part in rest:
+            name, equals, value = part.partition("=")
+            known = name in values and re.fullmatch("[0-9]{1,9}", value)
+            if part not in ("held-out", "keep") and not known:
+                raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N, "
+                                 "pairs=PERCENT, held-out and keep")
+            if equals:
+                values[name] = int(value)
+        if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
+            raise ValueError(f"scenes:{text}: {count!r} is no number of scenes")
+        if not 2 <= values["objects"] <= len(OBJECTS) or values["size"] < 8:
+            raise ValueError(f"scenes:{text}: objects from 2 to {len(OBJECTS)}, size from 8")
+        if values["pairs"] > 100:
+            raise ValueError(f"scenes:{text}: pairs, of a hundred scenes, from 0 to 100")
+        find_font()
+        first = values.pop("first")
+        scenes = cls(range(first, first + int(count)), held_out=held_out, **values)
+        return replace(scenes, drawn=scenes.draw_all()) if keep else scenes
+
+    def draw_all(self) -> np.ndarray:
+        """All pictures, uint8 (N, S, S, 3), drawn by as many processes as there are cores."""
+        cores = len(os.sched_getaffinity(0))
+        with multiprocessing.get_context("fork").Pool(cores) as pool:
+            drawn = tqdm(pool.imap(self._pixels, range(len(self)), chunksize=32), "drawing",
+                         len(self), mininterval=10)
+            result = np.empty((len(self), self.size, self.size, 3), np.uint8)
+            for i, pixels in enumerate(drawn):
+                result[i] = pixels
+        return result
+
+    def _pixels(self, i: int) -> np.ndarray:
+        return np.asarray(self.image(i))
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [f"scene{seed:010d}" for seed in self.seeds]
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def drawn_labels(self, i: int) -> Labels:
+        rng = np.random.default_rng([self.seeds[i], 1])
+        while True:
+            labels = draw_labels(rng, self.objects, self.pairs / 100)
+            if self.held_out is None or is_held_out(labels) == self.held_out:
+                return labels
+
+    def image(self, i: int, least: int | None = None) -> Image.Image:
+        if self.drawn is not None:
+            return Image.fromarray(self.drawn[i])
+        return draw_scene(np.random.default_rng([self.seeds[i], 2]), self.drawn_labels(i),
+                          self.size)
+
+    def captions(self, i: int) -> list[str]:
+        """Four whole ones, and one that leaves time, or time and place, unsaid."""
+        rng, labels = np.random.default_rng([self.seeds[i], 3]), self.drawn_labels(i)
+        whole = [write_caption(rng, labels) for _ in range(4)]
+        return [*whole, write_caption(rng, labels, place=rng.random() < 0.7, time=False)]
+
+    def labels(self, i: int) -> dict[str, Any]:
+        return asdict(self.drawn_labels(i))
+
+    def subset(self, indices: Iterable[int]) -> Scenes:
+        chosen = [int(i) for i in indices]
+        return replace(self, seeds=tuple(self.seeds[i] for i in chosen),
+                       drawn=None if self.drawn is None else self.drawn[chosen])
+
+    def fingerprint(self) -> str:
+        first, last = self.seeds[0], self.seeds[-1]
+        return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
+                f"held out: {self.held_out}, pairs: {self.pairs}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path, help="the PNG to write")
+    p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=len(OBJECTS))
+    p.add_argument("--size", type=positive, default=128, help="pixels a side")
+    p.add_argument("--first", type=number(int, 0, MOST_SEEDS), default=0, help="seed")
+    a = p.parse_args()
+    from scripts.evaluation.figures import sheet
+
+    scenes = Scenes(range(a.first, a.first + 64), a.objects, a.size, held_out=None)
+    try:
+        emoji_sprites()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    began = time.perf_counter()
+    images = [scenes.image(i) for i in range(len(scenes))]
+    speed = len(images) / (time.perf_counter() - began)
+    cells = [(scenes.captions(i)[0], image) for i, image in enumerate(images)]
+    sheet(cells, f"drawn on one core at {speed:.0f} scenes a second").save(a.out)
+
+
+if __name__ == "__main__":
+    main()

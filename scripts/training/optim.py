@@ -1,0 +1,134 @@
+"""Optimisers, learning rate and moving average that all trainings share.
+
+Muon: matrices move along their orthogonalised momentum (K. Jordan and others, 2024).  torch has one
+from 2.9 on; this one also treats query, key and value, which stand on top of each other in one
+matrix, as the three that they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipgen.device import default_dtype
+
+BETAS = 0.9, 0.95
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up from peak / warmup (never 0), then a cosine to a hundredth of the peak.
+
+    The warm-up takes `warmup` steps, or a tenth of a run shorter than ten of them.
+    """
+    warmup = max(1, min(warmup, steps // 10))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimiser, which decays matrices alone, not biases, norms and vectors."""
+    parameters = list(parameters)
+    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+
+
+def adamw(module: nn.Module, peak: float, decay: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) that decays matrices alone."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(decay_groups(parameters, decay), lr=peak, betas=BETAS,
+                             fused=parameters[0].is_cuda)
+
+
+class Average:
+    """Exponential moving average of a module's parameters and buffers, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))  # early weights are forgotten soon
+        now = module.state_dict()
+        floating = [k for k, v in now.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.state[k] for k in floating], [now[k] for k in floating],
+                             1 - decay)
+        for name in now.keys() - set(floating):
+            self.state[name].copy_(now[name])
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        for name, value in state.items():
+            self.state[name].copy_(value)
+
+
+MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a quintic that takes 0.0015 to 1 near 1 in five steps
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (B, rows, columns) with their singular values moved near 1, to 0.68 to 1.2, but for
+    those below 0.0015 of the matrix's length.  Five Newton-Schulz steps."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)).to(default_dtype(x.device))
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return (x.mT if tall else x).to(matrices)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for groups with `parts`, matrices of one shape; AdamW for the others.
+
+    A matrix moves along its orthogonalised Nesterov momentum, times 0.2 sqrt(longer side), which
+    makes its steps as long as AdamW's usually are: one learning rate and decay suit both
+    (arXiv 2502.16982, section 2.2).  `parts` matrices stand on top of each other in each.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if "parts" not in group or not parameters:
+                continue
+            for p in parameters:
+                if not self.state[p]:  # AdamW looks for a step where it loads a state
+                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            gradients = [p.grad for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+            single = ahead.view(-1, ahead.shape[1] // group["parts"], ahead.shape[2])
+            moves = orthogonal(single) * (0.2 * max(single.shape[1:]) ** 0.5)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, list(moves.view_as(ahead)), alpha=-group["lr"])
+            for p in parameters:
+                p.grad = None  # used up: AdamW passes over parameters without one
+        super().step()
+
+
+def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
+    """Muon for the matrices of a GPT's blocks; AdamW for all else, as `optimise.adamw`."""
+    kinds: dict[str, list[nn.Parameter]] = {}  # such as "qkv.weight": that of every layer
+    for block in gpt.blocks:
+        for name, p in block.named_parameters():
+            if p.dim() == 2:
+                kinds.setdefault(name, []).append(p)
+    groups = [{"params": matrices, "weight_decay": decay,
+               "parts": 3 if name.startswith("qkv") else 1} for name, matrices in kinds.items()]
+    hidden = {p for matrices in kinds.values() for p in matrices}
+    rest = [p for p in gpt.parameters() if p.requires_grad and p not in hidden]
+    # Not fused: a fused step would be asked to pass over infinite gradients by itself.
+    return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)

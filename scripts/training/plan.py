@@ -1,0 +1,77 @@
+"""Sizes of models and batches that suit the images and the machine."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from scripts.data.images import Images, UnreadableImage
+from scripts.training.loading import load_vqgan
+
+SHORT = 1200  # seconds on a CPU too few for a GAN to help
+LOOKED_AT = 33  # images whose size and brightness are looked at
+DARK = 64  # of 255
+
+# Pixels a side, flags of train_vqgan, flags of train_gpt.
+Sizes = tuple[int, list[str], list[str]]
+
+
+def sizes_of(bundle: Path, size: int | None, cuda: bool) -> Sizes:
+    """To go on with a bundle: smaller steps, batches by machine.  ValueError: another size."""
+    own = load_vqgan(bundle).config.image_size
+    if size not in (None, own):
+        raise ValueError(f"--size {size} is not that of {bundle}, {own}: leave --size out")
+    vqgan = {"--batch": 16 if cuda else 8, "--lr": 3e-4 if own <= 64 else 1e-4}
+    return own, flags(vqgan), flags({"--batch": 32, "--lr": 3e-4})
+
+
+def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> Sizes:
+    """For new models.  Codes a side: 8 for small images, else 16.  ValueError: no such size, or
+    no image can be read.  Warns on stderr of images that are nearly black."""
+    side, brightest = look_at(images)
+    if brightest < DARK:
+        print(f"no image looked at has a value above {brightest} of 255; 16-bit images that use "
+              "fewer bits must be scaled to the full range first", file=sys.stderr)
+    size = size or max(32, min(256 if cuda else 64, 2 ** (side.bit_length() - 1)))
+    grid = 16 if size > 128 or cuda and size > 64 else 8
+    halvings = max(1, round(math.log2(size / grid)))
+    if size < 16 or size % 2**halvings:
+        fitting = max(16, size - size % 2**halvings)
+        raise ValueError(f"--size {size} is no multiple of {2**halvings}, at least 16: give "
+                         f"{fitting}")
+    vqgan = {"--size": size, "--batch": 16 if cuda else 8, "--lr": 5e-4 if cuda else 1e-3}
+    if cuda:
+        widths, codebook = (64, 128, 128, 256, 256), 4096 if len(images) < 100_000 else 16384
+        layers, width = ((8, 512) if len(images) < 20_000 else
+                         (12, 768) if len(images) < 200_000 else (24, 1024))
+        gpt = {"--layers": layers, "--width": width, "--heads": width // 64, "--batch": 64,
+               "--lr": 5e-4}
+    else:
+        widths, codebook = (32, 64, 64, 128, 128), 1024
+        gpt = {"--layers": 6, "--width": 192, "--heads": 6, "--batch": 32, "--lr": 2e-3}
+        if seconds < SHORT:
+            vqgan["--gan"] = 0
+    widths = (widths + widths[-1:] * halvings)[:halvings + 1]
+    vqgan |= {"--channels": ",".join(map(str, widths)), "--codebook-size": codebook}
+    return size, flags(vqgan), flags(gpt)
+
+
+def look_at(images: Images) -> tuple[int, int]:
+    """The shorter side that half of some images reach, and the largest value in any of them."""
+    sides, brightest, reason = [], 0, ""
+    for i in range(0, len(images), max(1, len(images) // LOOKED_AT)):
+        try:
+            image = images.image(i)
+        except UnreadableImage as error:
+            reason = str(error)
+            continue
+        sides.append(min(image.size))
+        brightest = max(brightest, *(high for _, high in image.getextrema()))
+    if not sides:
+        raise ValueError(f"none of the images looked at can be read: {reason}")
+    return sorted(sides)[len(sides) // 2], brightest
+
+
+def flags(values: dict[str, float | str]) -> list[str]:
+    return [text for name, value in values.items() for text in (name, str(value))]
