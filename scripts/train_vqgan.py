@@ -31,16 +31,22 @@ from scripts.training import trainer
 from scripts.training.cli import amount, positive, scale, share, whole
 from scripts.training.loading import load_clip, load_vqgan
 from scripts.training.losses import LPIPS, CLIPDistance, Discriminator, hinge_loss
-from scripts.training.optim import Average, adamw, learning_rate, set_learning_rate
+from scripts.training.optim import (
+    Average,
+    adamw,
+    learning_rate,
+    muon_vqgan,
+    set_learning_rate,
+)
 
 # What --published sets where a flag is not given: arXiv 2012.09841's recipe at 16,384 codes, with
 # the commitment on the encoder's term and a warm-up that starts above zero.
 PUBLISHED = {"perceptual_loss": "lpips", "perceptual": 1.0, "l2": 0.0, "gan": 0.75,
-             "gan_weight": "adaptive", "lr": 1e-4, "size": 256}
+             "gan_weight": "adaptive", "optimizer": "adamw", "lr": 1e-4, "size": 256}
 
 
 # Sizes of a new model where a flag is not given.
-NEW = {"channels": "32,64,64,128", "blocks": 1, "attention": "", "codebook_size": 1024,
+NEW = {"channels": "64,128", "patch": 4, "blocks": 1, "attention": "", "codebook_size": 1024,
        "code_dim": 8, "norm_groups": 0}
 
 
@@ -128,7 +134,7 @@ class VQGANTraining:
         self.perceptual = perceptual.to(device) if perceptual else None
         self.discriminator = Discriminator(a.gan_channels).to(device)
         self.feed = Feed(images, vqgan.config.image_size, a, accelerator, steps)
-        optimizer = adamw(self.vqgan, a.lr, 1e-4)
+        optimizer = (muon_vqgan if a.optimizer == "muon" else adamw)(self.vqgan, a.lr, 1e-4)
         self.average = Average(self.vqgan, a.ema)
         self.evaluated = copy.deepcopy(self.vqgan).eval()
         self.used = torch.zeros(vqgan.config.codebook_size, device=device)
@@ -252,7 +258,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--held-out", type=float, default=0.05, help="share that is not trained on (0.05)")
     add("--clip", help="bundle, run or open_clip's ARCHITECTURE:PRETRAINED; perceptual loss")
     add("--size", type=positive, help="pixels a side (64, or that of --from)")
-    add("--channels", help="a level each; each but the first halves (32,64,64,128)")
+    add("--channels", help="a level each; each but the first halves (64,128)")
+    add("--patch", type=positive, help="pixels a side of a place of the first level (4; with "
+        "--channels 1)")
     add("--blocks", type=positive, help="residual blocks a level (1)")
     add("--attention", help="sizes in pixels that get self-attention, as in 16,32 (none)")
     add("--codebook-size", type=positive, help="(1024)")
@@ -266,6 +274,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--from", dest="start_from", metavar="BUNDLE", help="fine-tune a bundle's or run's VQGAN")
     add("--decoder-of", metavar="BUNDLE", help="the same, but its decoder alone")
     trainer.add_arguments(p, steps=12000, batch=16, lr=1e-3)
+    add("--optimizer", choices=("muon", "adamw"), default="muon",
+        help="muon: for all but the first and last layers, which get adamw (muon)")
     add("--warmup", type=whole, default=200, help="steps (200)")
     add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
     add("--scale", type=scale, default=0.85, help="least share of the side in a crop (0.85)")
@@ -345,8 +355,9 @@ def make_vqgan(a: argparse.Namespace) -> VQGAN:
     try:
         if a.published:
             return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": size}))
+        new = NEW | {"patch": 1} if a.channels else NEW
         given = {name: value if getattr(a, name) is None else getattr(a, name)
-                 for name, value in NEW.items()}
+                 for name, value in new.items()}
         channels, attention = (tuple(int(c) for c in given.pop(name).split(",") if c)
                                for name in ("channels", "attention"))
         vqgan = VQGAN(VQGANConfig(

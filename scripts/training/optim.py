@@ -114,7 +114,8 @@ class Muon(torch.optim.AdamW):
 
     A matrix moves along its orthogonalised Nesterov momentum, times 0.2 sqrt(longer side), which
     makes its steps as long as AdamW's usually are: one learning rate and decay suit both
-    (arXiv 2502.16982, section 2.2).  `parts` matrices stand on top of each other in each.
+    (arXiv 2502.16982, section 2.2).  `parts` matrices stand on top of each other in each; a
+    convolution's weight is one whose rows are its outputs.
     """
 
     @torch.no_grad()
@@ -130,10 +131,11 @@ class Muon(torch.optim.AdamW):
             gradients = [p.grad for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
-            single = ahead.view(-1, ahead.shape[1] // group["parts"], ahead.shape[2])
+            rows = ahead.flatten(2)  # (B, outputs, inputs * kernel height * kernel width)
+            single = rows.reshape(-1, rows.shape[1] // group["parts"], rows.shape[2])
             moves = orthogonal(single) * (0.2 * max(single.shape[1:]) ** 0.5)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(moves.view_as(ahead)), alpha=-group["lr"])
+            torch._foreach_add_(parameters, list(moves.reshape(ahead.shape)), alpha=-group["lr"])
             for p in parameters:
                 p.grad = None  # used up: AdamW passes over parameters without one
         super().step()
@@ -151,4 +153,19 @@ def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
     hidden = {p for matrices in kinds.values() for p in matrices}
     rest = [p for p in gpt.parameters() if p.requires_grad and p not in hidden]
     # Not fused: a fused step would be asked to pass over infinite gradients by itself.
+    return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)
+
+
+def muon_vqgan(vqgan: nn.Module, peak: float, decay: float) -> Muon:
+    """Muon for what lies between a VQGAN's first and last convolutions; AdamW for all else."""
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for part in (vqgan.encoder.down, vqgan.encoder.mid, vqgan.decoder.mid, vqgan.decoder.up):
+        for name, p in part.named_parameters():
+            if p.requires_grad and p.dim() > 1:
+                parts = 3 if name.endswith("in_proj_weight") else 1
+                kinds.setdefault((parts, *p.shape), []).append(p)
+    groups = [{"params": matrices, "weight_decay": decay, "parts": kind[0]}
+              for kind, matrices in kinds.items()]
+    hidden = {p for matrices in kinds.values() for p in matrices}
+    rest = [p for p in vqgan.parameters() if p.requires_grad and p not in hidden]
     return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)
