@@ -51,7 +51,8 @@ PRESETS = {
     "cpu": Preset(
         "objects=40,size=64", 200_000,
         clip="--size 64 --steps 700 --batch 128",
-        vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
+        vqgan="--size 64 --patch 4 --channels 128 --codebook-size 1024 --steps 6000 --batch 4 "
+              "--lr 2e-3 --gan 0",
         encode="--limit 160000",
         gpt="--layers 6 --width 192 --heads 6 --steps 15300 --batch 32 --lr 1.5e-3",
         decoder="--steps 8200 --batch 8 --gan-start 0.3"),
@@ -59,7 +60,7 @@ PRESETS = {
         "size=128", 400_000,
         clip="--size 128 --time 12% --batch 512 --dtype bfloat16 --workers 14",
         vqgan="--size 128 --channels 48,96,128,160 --codebook-size 2048 --time 33% --batch 64 "
-              "--lr 5e-4 --dtype bfloat16 --workers 14",
+              "--lr 5e-4 --optimizer adamw --dtype bfloat16 --workers 14",
         encode="--workers 14",
         gpt="--layers 8 --width 288 --heads 6 --time 40% --batch 128 --lr 1e-3 --dtype bfloat16",
         decoder="--time 15% --batch 64 --gan-start 0.3 --dtype bfloat16 --workers 14",
@@ -91,7 +92,7 @@ def _parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
         "gpt": f"train_gpt {shards} --run {gpt} --vqgan {vqgan} --noise 0.4 {preset.gpt}",
         # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
         "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
-                   f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
+                   f"{vqgan} {exact} --optimizer adamw --warmup 50 --lr 6e-4 {preset.decoder}",
         "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
                   f"--guidance 3 --top-p 0.95 --force --trained-on {scenes}"}
 
