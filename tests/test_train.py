@@ -23,6 +23,7 @@ from scripts.data.presets import open_images
 from scripts.training.cli import duration
 from scripts.training.plan import new_sizes
 from scripts.training.stages import Stages
+from scripts.training.vqgan import VQGANSettings, make_vqgan
 from tests import shapes
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes
@@ -248,9 +249,8 @@ def test_names_that_are_no_utf_8_can_be_written():
 def test_sizes_make_a_vqgan_of_16_codes_a_side_at_most(source, cuda, size):
     images: Images = open_images(source)[0]
     chosen, vqgan, _ = new_sizes(images, size, cuda, 3600)
-    levels = vqgan["channels"].count(",") + 1
-    assert chosen == size and size % 2 ** (levels - 1) == 0
-    assert 4 <= size // 2 ** (levels - 1) <= 16
+    settings = VQGANSettings(images="images", run="run", **vqgan)
+    assert chosen == size and 4 <= make_vqgan(settings).config.grid <= 16
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ SAMPLING = [*({"guidance": g} for g in (1.5, 2.5, 4.0, 6.0)),
                 ("top_p", 0.95), ("top_p", 0.9), ("top_k", 100), ("temperature", 0.8))),
             *({"guidance": 2.5, "top_p": 0.95, "candidates": n} for n in (4, 16, 64))]
 SIZE, CODES = 64, 1024
-VQGAN = {"size": SIZE, "channels": "32,64,64,128", "codebook_size": CODES, "batch": 8, "gan": 0.0}
+VQGAN = {"size": SIZE, "channels": "32,64,64,128", "codebook_size": CODES, "batch": 8, "gan": 0.0,
+         "optimizer": "adamw"}
 GPT = {"layers": 4, "width": 128, "heads": 4, "batch": 32, "lr": 2e-3, "optimizer": "adamw"}
 EXACT = {"scale": 1.0, "flip": False}  # a scene is seen as it was drawn
 

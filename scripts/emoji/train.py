@@ -66,8 +66,8 @@ PRESETS = {
     "cpu": Preset(
         "objects=40,size=64", 200_000,
         clip={"size": 64, "steps": 700, "batch": 128},
-        vqgan={"size": 64, "channels": "32,64,128", "codebook_size": 1024, "steps": 2600,
-               "batch": 8, "gan": 0},
+        vqgan={"size": 64, "patch": 4, "channels": "128", "codebook_size": 1024, "steps": 6000,
+               "batch": 4, "lr": 2e-3, "gan": 0},
         encode={"limit": 160_000},
         gpt={"layers": 6, "width": 192, "heads": 6, "steps": 15300, "batch": 32, "lr": 1.5e-3},
         decoder={"steps": 8200, "batch": 8, "gan_start": 0.3}),
@@ -75,7 +75,7 @@ PRESETS = {
         "size=128", 400_000,
         clip={"size": 128, "batch": 512, **FAST},
         vqgan={"size": 128, "channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
-               "lr": 5e-4, **FAST},
+               "lr": 5e-4, "optimizer": "adamw", **FAST},
         encode={"workers": 14},
         gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
              "dtype": "bfloat16"},
@@ -108,7 +108,7 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
         # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
         "decoder": VQGANSettings(
             images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
-            **exact, warmup=50, lr=6e-4, **own("decoder")),
+            **exact, optimizer="adamw", warmup=50, lr=6e-4, **own("decoder")),
         "bundle": BundleSettings(
             out=out, clip=str(clip), vqgan=str(decoder), gpt=gpt, guidance=3.0, top_p=0.95,
             force=True, trained_on=scenes)}

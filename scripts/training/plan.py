@@ -23,7 +23,8 @@ def sizes_of(bundle: Path, size: int | None, cuda: bool) -> Sizes:
     own = load_vqgan(bundle).config.image_size
     if size not in (None, own):
         raise ValueError(f"--size {size} is not that of {bundle}, {own}: leave --size out")
-    vqgan = {"batch": 16 if cuda else 8, "lr": 3e-4 if own <= 64 else 1e-4}
+    vqgan = {"batch": 16 if cuda else 8, "lr": 3e-4 if own <= 64 else 1e-4,
+             "optimizer": "adamw"}
     return own, vqgan, {"batch": 32, "lr": 3e-4}
 
 
@@ -41,15 +42,19 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
         fitting = max(16, size - size % 2**halvings)
         raise ValueError(f"--size {size} is no multiple of {2**halvings}, at least 16: give "
                          f"{fitting}")
-    vqgan = {"size": size, "batch": 16 if cuda else 8, "lr": 5e-4 if cuda else 1e-3}
+    vqgan: dict[str, Any] = {"size": size}
     if cuda:
         widths, codebook = (64, 128, 128, 256, 256), 4096 if len(images) < 100_000 else 16384
         layers, width = ((8, 512) if len(images) < 20_000 else
                          (12, 768) if len(images) < 200_000 else (24, 1024))
         gpt = {"layers": layers, "width": width, "heads": width // 64, "batch": 64,
                "lr": 5e-4}
+        # Patches and Muon are measured on a CPU alone.
+        vqgan |= {"batch": 16, "lr": 5e-4, "optimizer": "adamw"}
     else:
-        widths, codebook = (32, 64, 64, 128, 128), 1024
+        vqgan |= {"batch": 4, "lr": 2e-3, "patch": 2 ** min(2, halvings)}
+        halvings -= min(2, halvings)  # what is left to the levels
+        widths, codebook = (64, 128) if halvings else (128,), 1024
         gpt = {"layers": 6, "width": 192, "heads": 6, "batch": 32, "lr": 2e-3}
         if seconds < SHORT:
             vqgan["gan"] = 0

@@ -27,7 +27,7 @@ from scripts.training.losses import (
     hinge_loss,
     quantise,
 )
-from scripts.training.optim import adamw
+from scripts.training.optim import adamw, muon_vqgan
 from scripts.training.run_directory import finish
 from scripts.training.settings import RunSettings
 from scripts.training.trainer import Part, generator, train
@@ -35,11 +35,12 @@ from scripts.training.trainer import Part, generator, train
 # What --published sets where a flag is not given: arXiv 2012.09841's recipe at 16,384 codes, with
 # the commitment on the encoder's term and a warm-up that starts above zero.
 PUBLISHED = {"perceptual_loss": "lpips", "perceptual": 1.0, "l2": 0.0, "gan": 0.75,
-             "gan_weight": "adaptive", "lr": 1e-4, "size": 256}
+             "gan_weight": "adaptive", "optimizer": "adamw", "lr": 1e-4, "size": 256}
 # Sizes of a new model where a flag is not given.
-NEW = {"channels": "32,64,64,128", "blocks": 1, "attention": "", "codebook_size": 1024,
+NEW = {"channels": "64,128", "patch": 4, "blocks": 1, "attention": "", "codebook_size": 1024,
        "code_dim": 8, "norm_groups": 0}
 DECAY = 1e-4  # weight decay of matrices
+OPTIMIZERS = {"muon": muon_vqgan, "adamw": adamw}
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,8 @@ class VQGANSettings(RunSettings):
     size: int | None = setting(None, "pixels a side (64, or that of --from)", type=positive)
     channels: str | None = setting(None, "a level each; each but the first halves "
                                    f"({NEW['channels']})")
+    patch: int | None = setting(None, "pixels a side of a place of the first level "
+                                f"({NEW['patch']}; with --channels 1)", type=positive)
     blocks: int | None = setting(None, f"residual blocks a level ({NEW['blocks']})", type=positive)
     attention: str | None = setting(None, "sizes in pixels that get self-attention, as in 16,32 "
                                     "(none)")
@@ -71,6 +74,8 @@ class VQGANSettings(RunSettings):
                                      metavar="BUNDLE", free=True)
     decoder_of: str | None = setting(None, "the same, but its decoder alone", metavar="BUNDLE",
                                      free=True)
+    optimizer: str = setting("muon", "muon: of all but the first and last layers, which take adamw",
+                             choices=OPTIMIZERS)
     scale: float = setting(0.85, "least share of the side in a crop", type=scale)
     flip: bool = setting(True, "no mirrored images")
     workers: int = setting(0, "processes that read images, 0: none apart", type=whole, free=True)
@@ -134,8 +139,9 @@ class VQGANTask:
 
     def parts(self) -> dict[str, Part]:
         lr, prepare = self.settings.lr, self.accelerator.prepare
-        self.autoencode, optimizer = prepare(Autoencoder(self.model, self.settings.commitment),
-                                             adamw(self.model, lr, DECAY))
+        optimizer = OPTIMIZERS[self.settings.optimizer](self.model, lr, DECAY)
+        self.autoencode, optimizer = prepare(
+            Autoencoder(self.model, self.settings.commitment), optimizer)
         self.discriminate, discriminator_optimizer = prepare(
             self.discriminator, adamw(self.discriminator, lr, DECAY))
         return {"model": Part(self.model, optimizer, self.loss),
@@ -320,8 +326,9 @@ def make_vqgan(settings: VQGANSettings) -> VQGAN:
     try:
         if settings.published:
             return VQGAN(VQGANConfig(**vars(VQGANConfig.published()) | {"image_size": size}))
+        new = NEW | {"patch": 1} if settings.channels else NEW
         given = {name: value if getattr(settings, name) is None else getattr(settings, name)
-                 for name, value in NEW.items()}
+                 for name, value in new.items()}
         channels, attention = (tuple(int(c) for c in given.pop(name).split(",") if c)
                                for name in ("channels", "attention"))
         vqgan = VQGAN(VQGANConfig(
