@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clipgen.bundle import SamplingDefaults, load_vqgan, save_bundle
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts import train_vqgan
+from scripts.training import vqgan as vqgan_training
 from tests.micro import micro_bundle, micro_clip, micro_gpt
 
 SIZES = {"image_size": 32, "channels": (8, 12), "attention_sizes": (), "blocks_per_level": 1,
@@ -44,7 +44,7 @@ def test_no_layer_runs_at_full_resolution():
 def test_gradients_reach_all_weights():
     vqgan = VQGAN(VQGANConfig(**SIZES | {"patch": 2}))
     pixels = torch.rand(2, 3, 32, 32)
-    result, _, _, loss = train_vqgan.Autoencoder(vqgan, 0.25)(pixels, True)
+    result, _, _, loss = vqgan_training.Autoencoder(vqgan, 0.25)(pixels, True)
     (F.mse_loss(result, pixels) + loss).backward()
     assert not [name for name, p in vqgan.named_parameters()
                 if p.grad is None or not p.grad.any()]
