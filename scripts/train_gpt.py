@@ -40,7 +40,9 @@ from scripts.training.loading import CODES, fingerprint, load_clip, load_gpt, lo
 from scripts.training.optim import Average, adamw, learning_rate, muon, set_learning_rate
 
 OPTIMIZERS = {"muon": muon, "adamw": adamw}
-NEW = {"layers": 6, "width": 256, "heads": 4}  # sizes of a new GPT
+# Of a new GPT, how large it is and what it has beyond the published one (docs/speed.md).
+NEW = {"layers": 6, "width": 256, "heads": 4, "neighbours": 3, "modulated": True,
+       "squared_relu": False, "normalised_qk": False}
 # Dense bf16 operations a second, in units of 1e12, from the makers' data sheets; the first name
 # that occurs in the device's counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L4": 121,
@@ -227,7 +229,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--validation", type=Path, help="shards of images that are not trained on (default: the "
         "held-out part of the same)")
     for name, value in NEW.items():
-        add(f"--{name}", type=positive, help=f"({value}, or that of --from)")
+        flag, given = f"--{name.replace('_', '-')}", f"({value}, or that of --from)"
+        if isinstance(value, bool):
+            add(flag, action=argparse.BooleanOptionalAction, help=f"see clipgen/gpt.py {given}")
+        else:
+            add(flag, type=whole if name == "neighbours" else positive, help=given)
     add("--from", dest="start_from", metavar="BUNDLE", help="go on from the GPT of a bundle or run")
     trainer.add_arguments(p, steps=12000, batch=64, lr=1e-3)
     add("--optimizer", choices=OPTIMIZERS, default="muon", help="(muon); a step of adamw is a "
@@ -307,11 +313,13 @@ def make_gpt(a: argparse.Namespace, data: Shards) -> GPT:
             "embedding_dim": data.embedding_dim}
     if not a.start_from:
         try:
-            sizes = {name: getattr(a, name) or value for name, value in NEW.items()}
+            sizes = {name: value if getattr(a, name) is None else getattr(a, name)
+                     for name, value in NEW.items()}
             gpt = GPT(GPTConfig(**sizes, **fits,
                                 null_embedding=a.drop_condition > 0))
         except ValueError as error:
-            raise SystemExit(f"{error}: give other --width and --heads") from None
+            remedy = "" if "give" in str(error) else ": give other --width and --heads"
+            raise SystemExit(f"{error}{remedy}") from None
         gpt.initialise()
         return gpt
     given = load_gpt(a.start_from)

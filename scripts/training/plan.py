@@ -12,6 +12,7 @@ from scripts.training.loading import load_vqgan
 SHORT = 1200  # seconds on a CPU too few for a GAN to help
 LOOKED_AT = 33  # images whose size and brightness are looked at
 DARK = 64  # of 255
+CPU_GPT = {"--layers": 6, "--width": 192, "--heads": 6, "--batch": 32, "--lr": 2e-3}
 
 # Pixels a side, flags of train_vqgan, flags of train_gpt.
 Sizes = tuple[int, list[str], list[str]]
@@ -49,7 +50,7 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
                "--lr": 5e-4}
     else:
         widths, codebook = (32, 64, 64, 128, 128), 1024
-        gpt = {"--layers": 6, "--width": 192, "--heads": 6, "--batch": 32, "--lr": 2e-3}
+        gpt = CPU_GPT
         if seconds < SHORT:
             vqgan["--gan"] = 0
     widths = (widths + widths[-1:] * halvings)[:halvings + 1]
