@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,10 +143,10 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, layer: int = 0, cache: KVCache | None = None,
-                dropout: float = 0.0, modulation: Tensor | None = None) -> Tensor:
+                dropout: float = 0.0, modulation: Sequence[Tensor] | None = None) -> Tensor:
         """x (N, T, C); with a cache (N, C), what is at its position.
 
-        modulation (4, N, 1, C), with a cache (4, N, C): shift and scale of what each norm gives.
+        modulation: shift and scale of what each norm gives, four of (N, 1, C); with a cache (N, C).
         """
         h = self.norm1(x)
         if modulation is not None:
@@ -230,7 +231,7 @@ class GPT(nn.Module):
         x = x + self.position[:length]  # (N, T, C)
         modulations = [None] * self.config.layers
         if self.config.modulated:
-            modulations = self.modulate(condition)[:, :, :, None]
+            modulations = [own.unsqueeze(2).unbind() for own in self.modulate(condition)]
         for block, modulation in zip(self.blocks, modulations, strict=True):
             x = block(x, dropout=self.dropout, modulation=modulation)
         return self.head(self.norm(x))
@@ -250,9 +251,10 @@ class GPT(nn.Module):
         shape = len(condition), self.config.layers, 4, self.config.width
         return self.modulation(F.gelu(condition)).view(shape).permute(1, 2, 0, 3)
 
-    def step(self, x: Tensor, cache: KVCache, modulations: Tensor | None = None) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache,
+             modulations: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
         """One cached step.  x (N, C): `condition(embedding)` first, then `code_embedding(code)`,
-        plus what is `beside` it; modulations: of `modulate`.
+        plus what is `beside` it; modulations: of `modulate`, layer by layer.
 
         Writes the cache at `cache.position`, which the caller advances, and reads what
         `cache.look_at` said.  Returns logits (N, K).

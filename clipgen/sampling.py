@@ -206,8 +206,10 @@ class Block:
                                  device=like.device)
         self.codes = self.padded[:, :-1]
         self.places = neighbour_places(config, like.device) if config.neighbours else None
-        self.modulations = (like.new_zeros(config.layers, 4, both, config.width)
-                            if config.modulated else None)
+        self.modulation = self.modulations = None
+        if config.modulated:
+            self.modulation = like.new_zeros(config.layers, 4, both, config.width)
+            self.modulations = [own.unbind() for own in self.modulation.unbind()]
         self.largest = torch.zeros((), device=like.device)  # of all logits; keeps NaN and infinity
         self.settings = Settings(1.0, 0, 1.0, 1.0)
 
@@ -219,8 +221,8 @@ class Block:
         if self.guided:
             embeddings = torch.cat([embeddings, self.gpt.null_embedding.expand(self.rows, -1)])
         self.x.copy_(condition := self.gpt.condition(embeddings))
-        if self.modulations is not None:
-            self.modulations.copy_(self.gpt.modulate(condition))
+        if self.modulation is not None:
+            self.modulation.copy_(self.gpt.modulate(condition))
         self.uniforms.copy_(uniforms)
         self.cache.position.zero_()
         self.largest.zero_()
