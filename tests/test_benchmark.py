@@ -18,7 +18,7 @@ from scripts import benchmark
 from scripts.benchmarks import sample as benchmark_sample
 from scripts.benchmarks import train as benchmark_train
 from scripts.data import shards
-from scripts.train_gpt import operations_per_code, peak_flops
+from scripts.training.gpt import GPTSettings, GPTTask, make_gpt, operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
 
 
@@ -64,23 +64,25 @@ def fresh_accelerator():
 def test_the_public_step_runs_in_float32_from_pixels(tmp_path, monkeypatch, fresh_accelerator):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     size, directory = micro_bundle(tmp_path / "bundle"), tmp_path / "shards"
-    clip, vqgan, flags = benchmark_train.parts(str(size))
+    clip, vqgan, sizes = benchmark_train.parts(str(size))
     directory.mkdir()
     benchmark_train.write_random_shards(directory, vqgan.config, clip.embedding_dim)
-    shards.read_shards(directory, check=True)
-    training = benchmark_train.make_training([str(directory), *flags, "--batch=2",
-                                              "--dtype=bfloat16"])
+    data = shards.read_shards(directory, check=True)
+    settings = GPTSettings(shards=directory, run=tmp_path, batch=2, dtype="bfloat16", **sizes)
+    gpt, make = make_gpt(settings, data), benchmark_train.make_training
+    training = make(GPTTask, settings, gpt, data)
     pixels = benchmark_train.Pixels(3, clip, vqgan, torch.device("cpu"))
-    public = benchmark_train.the_public_way(training, pixels)
+    public = make(benchmark_train.PublicTask, settings, gpt, pixels)
     kinds, encoded = [], []
-    training.gpt.head.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
+    for each in (training, public):
+        each.task.model.head.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
     vqgan.encoder.register_forward_hook(lambda *call: encoded.append(call[-1].dtype))
     training.step(0)
     assert (kinds, encoded) == ([torch.bfloat16], [])
-    before = training.gpt.head.weight.clone()
+    before = public.task.model.head.weight.clone()
     public.step(1)
     assert (kinds, encoded) == ([torch.bfloat16, torch.float32], [torch.float32])
-    assert not training.gpt.head.weight.equal(before)  # it trains, with the same optimiser
+    assert not public.task.model.head.weight.equal(before)  # it trains
 
     codes, embeddings = pixels.rows(torch.tensor([2, 0]), torch.zeros(2, dtype=torch.int64))
     again = bundle.load_vqgan(size).encode(pixels.images[[2, 0]] / 255)

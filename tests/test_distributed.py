@@ -32,12 +32,13 @@ import torch
 from accelerate import PartialState
 from scripts.training import trainer
 
-def go(loop, first, before=trainer.Loop.go):
+def train(loop, first, before=trainer.Trainer.train):
     scores = before(loop, first)
-    torch.save(loop.training.state(), loop.directory / f"process-{PartialState().process_index}.pt")
+    torch.save(loop.state.state_dict(),
+               loop.directory / f"process-{PartialState().process_index}.pt")
     return scores
 
-trainer.Loop.go = go
+trainer.Trainer.train = train
 importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 """
 

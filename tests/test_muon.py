@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.training.optim import Muon, adamw, muon, orthogonal
-from tests.micro import micro_gpt
+from scripts.training.optim import Muon, adamw, muon, muon_vqgan, orthogonal
+from tests.micro import micro_gpt, micro_vqgan
 
 
 @settings(deadline=None, max_examples=50)
@@ -83,3 +83,31 @@ def test_its_state_goes_on_where_it_was():
     optimizer.step()
     resumed.step()
     assert all(torch.equal(p, gpt[name]) for name, p in other.named_parameters())
+
+
+def test_convolutions_between_the_first_and_the_last_move_as_matrices():
+    torch.manual_seed(0)
+    vqgan = micro_vqgan(levels=2).train().requires_grad_(True)
+    vqgan.to(memory_format=torch.channels_last)
+    before = {name: p.detach().clone() for name, p in vqgan.named_parameters()}
+    optimizer = muon_vqgan(vqgan, 1e-3, 0.0)
+    for p in vqgan.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, p in vqgan.named_parameters():
+        move = (before[name] - p.detach()) / 1e-3
+        hidden = p.dim() > 1 and name.split(".")[1] in ("down", "mid", "up")
+        for part in move.flatten(1).chunk(3 if "in_proj" in name else 1) if hidden else ():
+            values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            # The least value of a square random matrix may be too small to be raised.
+            assert values[:-1].min() > 0.5 and values.max() < 1.35, name
+        if not hidden:  # AdamW's first step: the sign of each gradient
+            torch.testing.assert_close(move.abs(), torch.ones_like(move), atol=1e-2, rtol=0)
+
+
+def test_a_decoder_alone_is_all_that_moves():
+    vqgan = micro_vqgan(levels=2).train().requires_grad_(True)
+    for part in (vqgan.encoder, vqgan.quantizer):
+        part.requires_grad_(False)
+    given = {p for group in muon_vqgan(vqgan, 1e-3, 0.0).param_groups for p in group["params"]}
+    assert given == set(vqgan.decoder.parameters())

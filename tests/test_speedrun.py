@@ -91,7 +91,7 @@ def test_two_recipes_race_for_a_moment(tmp_path, capsys):
     directory.mkdir()
     write_shards(directory)
     small = ["--layers=1", "--width=16", "--heads=2", "--batch=2"]
-    for name, more in ("against", ["--neighbours=0", "--no-modulated"]), ("new", []):
+    for name, more in ("against", ["--neighbours=0", "--modulated=no"]), ("new", []):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gpt": [*small, *more]}))
     benchmark.main(["speedrun", "gpt", str(directory), "--minutes", "0.02", "--points", "2",
                     "--against", str(tmp_path / "against.json"),

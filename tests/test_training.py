@@ -15,11 +15,11 @@ from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import train_clip, train_vqgan
 from scripts.data.presets import open_images
 from scripts.evaluation.scores import entropy, psnr, ssim
-from scripts.train_gpt import Reconstruction, centre, perturbation
-from scripts.train_vqgan import restart_dead_codes, whiten
+from scripts.training.gpt import perturbation
 from scripts.training.loading import CODES, fingerprint, load_vqgan
-from scripts.training.losses import Discriminator
+from scripts.training.losses import Discriminator, EmbeddingReconstruction, centre
 from scripts.training.optim import learning_rate
+from scripts.training.vqgan import restart_dead_codes, whiten
 from tests.micro import micro_clip, micro_vqgan
 from tests.sprites import drawn_scenes
 
@@ -185,11 +185,11 @@ def test_right_codes_have_no_reconstruction_loss(own, mean):
     embedding = centre(clip.embed_pixels(vqgan.decode(codes)), less)
     logits = 50.0 * torch.nn.functional.one_hot(codes.flatten(1), 64)
     logits.requires_grad_(True)
-    loss = Reconstruction(clip, vqgan)(logits, embedding, less)
+    loss = EmbeddingReconstruction(clip, vqgan)(logits, embedding, less)
     assert loss.item() == pytest.approx(0, abs=1e-4)
     loss.backward()
     assert logits.grad.isfinite().all()
-    wrong = Reconstruction(clip, vqgan)(logits.roll(1, 2), embedding, less)
+    wrong = EmbeddingReconstruction(clip, vqgan)(logits.roll(1, 2), embedding, less)
     assert wrong > loss + 1e-3
 
 

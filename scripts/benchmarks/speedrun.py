@@ -5,7 +5,7 @@
 
 `today` is the recipe of --against, flags of `train_gpt` or `train_vqgan` in a small file that stays
 as it is; `new` is the recipe of --recipe, another such file, by default what `scripts.train` gives
-a GPT on a CPU, at the same noise, or the VQGAN's own defaults.
+a GPT on a CPU, at the same noise, and the default bundle a VQGAN.
 
 How many steps each can do in the time is measured first, so that each ends its own schedule; then
 the two take turns, step by step: whoever has spent less goes next.  Held-out scores are taken on a
@@ -33,15 +33,20 @@ from PIL import Image, ImageDraw
 from scripts import train_gpt, train_vqgan
 from scripts.data import shards
 from scripts.data.dataset import open_parts, stack_views
-from scripts.training import plan, trainer
+from scripts.training import plan
 from scripts.training.cli import positive, whole
+from scripts.training.gpt import GPTTask, make_gpt
+from scripts.training.trainer import State, start
+from scripts.training.vqgan import VQGANTask, make_vqgan, perceptual_loss
 
 TODAY = Path(__file__).with_name("today.json")
 TRIAL = 6  # steps that measure speed; the first ones are slow
 # Of each kind the scores that are compared, and whether less is better.
 SCORES = {"gpt": {"token_ce": True, "token_ce_text": True},
           "vqgan": {"psnr_db": False, "perceptual": True}}
-DEFAULT = {"gpt": [*plan.flags(plan.CPU_GPT), "--noise=0.4"], "vqgan": []}
+DEFAULT = {"gpt": [*(f"--{k}={v}" for k, v in plan.CPU_GPT.items()), "--noise=0.4"],
+           "vqgan": ["--size=64", "--channels=128", "--patch=4", "--batch=4", "--lr=2e-3",
+                     "--gan=0", "--scale=1", "--no-flip"]}
 COLOURS = {"today": "#888888", "new": "#cc3311"}
 
 
@@ -49,7 +54,7 @@ COLOURS = {"today": "#888888", "new": "#cc3311"}
 class Contestant:
     """A recipe in a race: its training, how far it is and what it scored when."""
 
-    training: trainer.Training
+    training: State
     steps: int
     spent: float = 0.0  # seconds of its steps
     done: int = 0
@@ -67,7 +72,7 @@ class Contestant:
                           | {name: scores[name] for name in names if name in scores})
 
 
-def steps_in(make: Callable[[int], trainer.Training], seconds: float) -> int:
+def steps_in(make: Callable[[int], State], seconds: float) -> int:
     """How many steps fit into a time, by a short training that is thrown away."""
     trial = Contestant(make(TRIAL), TRIAL)
     took = []
@@ -78,7 +83,7 @@ def steps_in(make: Callable[[int], trainer.Training], seconds: float) -> int:
     return max(1, int(seconds / statistics.median(took)))
 
 
-def race(makers: dict[str, Callable[[int], trainer.Training]], seconds: float, points: int,
+def race(makers: dict[str, Callable[[int], State]], seconds: float, points: int,
          names: list[str]) -> dict[str, Contestant]:
     """Train each in turns for so many seconds; scores at the start and at `points` evenly spaced
     shares of its steps."""
@@ -142,32 +147,33 @@ def flags_of(path: Path, kind: str) -> list[str]:
     return flags
 
 
-def gpt_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], trainer.Training]:
-    own = train_gpt.parse([a.source, *flags, f"--seed={a.seed}", "--run=unused"])
-    accelerator = trainer.start(own.dtype, own.seed)
+def gpt_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]:
+    settings = train_gpt.parse([a.source, *flags, f"--seed={a.seed}", "--run=unused"])
+    accelerator = start(settings.dtype, settings.seed)
     data, held = shards.read_shards(a.source), shards.read_shards(a.source, "validation")
 
-    def make(steps: int) -> trainer.Training:
+    def make(steps: int) -> State:
         torch.manual_seed(a.seed)
-        return train_gpt.GPTTraining(own, accelerator, steps, train_gpt.make_gpt(own, data), data,
-                                     held, means=None, reconstruction=None, vqgan=None)
+        task = GPTTask(settings, accelerator, make_gpt(settings, data), data, held)
+        return State(task, settings, accelerator, steps)
 
     return make
 
 
-def vqgan_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], trainer.Training]:
+def vqgan_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]:
     given = [*(["--clip", a.clip] if a.clip else []),
              *(["--validation", a.validation] if a.validation else [])]
-    own = train_vqgan.parse([a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"])
-    accelerator = trainer.start(own.dtype, own.seed)
-    images, held, _ = open_parts(own.images, own.validation, own.held_out)
-    perceptual = train_vqgan.perceptual_loss(own)
+    settings = train_vqgan.parse([a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"])
+    accelerator = start(settings.dtype, settings.seed)
+    images, held, _ = open_parts(settings.images, settings.validation, settings.held_out)
+    perceptual = perceptual_loss(settings)
 
-    def make(steps: int) -> trainer.Training:
+    def make(steps: int) -> State:
         torch.manual_seed(a.seed)
-        vqgan = train_vqgan.make_vqgan(own)
+        vqgan = make_vqgan(settings)
         pixels = stack_views(held, vqgan.config.image_size, 256)[1]
-        return train_vqgan.VQGANTraining(own, accelerator, steps, vqgan, images, pixels, perceptual)
+        task = VQGANTask(settings, accelerator, steps, vqgan, images, pixels, perceptual)
+        return State(task, settings, accelerator, steps)
 
     return make
 

@@ -31,8 +31,8 @@ from scripts.emoji.world import Labels
 from scripts.evaluation import metrics
 from scripts.evaluation.figures import sheet
 from scripts.evaluation.report import print_named
-from scripts.train_gpt import centre
 from scripts.training.cli import number, positive, seed
+from scripts.training.losses import centre
 
 TOGETHER = 8  # texts optimised at once
 
