@@ -19,9 +19,9 @@ NEIGHBOURS = (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)
 class GPTConfig:
     """Sizes of a GPT; `block_size` = codes of an image = 1 condition + (block_size - 1) codes.
 
-    The defaults of the last four are the published GPT.  `neighbours`: how many of NEIGHBOURS are
+    The defaults of the last three are the published GPT.  `neighbours`: how many of NEIGHBOURS are
     added to the input, the codes being a square; `modulated`: the condition scales and shifts what
-    each block normalises; `squared_relu`: instead of GELU; `normalised_qk`: queries and keys are.
+    each block normalises; `squared_relu`: instead of GELU.
     """
 
     layers: int
@@ -34,7 +34,6 @@ class GPTConfig:
     neighbours: int = 0
     modulated: bool = False
     squared_relu: bool = False
-    normalised_qk: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "codebook_size", "block_size", "embedding_dim"):
@@ -133,7 +132,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         width = config.width
-        self.heads, self.normalised_qk = config.heads, config.normalised_qk
+        self.heads = config.heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -153,15 +152,11 @@ class Block(nn.Module):
             h = torch.addcmul(modulation[0], h, modulation[1])
         qkv = self.qkv(h).view(len(x), -1, 3, self.heads, x.shape[-1] // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, N, H, T, d)
-        q, kv = qkv[0], qkv[1:]
-        if self.normalised_qk:
-            q, k = F.layer_norm(qkv[:2], qkv.shape[-1:])
-            kv = torch.stack([k, qkv[2]])
         if cache is None:
-            a = F.scaled_dot_product_attention(q, *kv, is_causal=True)
+            a = F.scaled_dot_product_attention(*qkv, is_causal=True)
         else:
-            k, v = cache.append(layer, kv)
-            a = F.scaled_dot_product_attention(q.to(k), k, v, attn_mask=cache.mask).to(x)
+            k, v = cache.append(layer, qkv[1:])
+            a = F.scaled_dot_product_attention(qkv[0].to(k), k, v, attn_mask=cache.mask).to(x)
         a = self.proj(a.transpose(1, 2).reshape(x.shape))
         x = x + (F.dropout(a, dropout, self.training) if dropout else a)
         h = self.norm2(x)

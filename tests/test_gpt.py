@@ -1,6 +1,7 @@
 """The GPT: the cached step is the full pass, whatever the size."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipgen.gpt import GPT, NEIGHBOURS, GPTConfig, KVCache, neighbour_places
+from scripts import train_gpt
+from scripts.training.gpt import NEW, make_gpt
 from tests.micro import micro_gpt
 
 ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
                                **{name: st.booleans() for name in
-                                  ("modulated", "squared_relu", "normalised_qk")}})
+                                  ("modulated", "squared_relu")}})
 
 
 @settings(deadline=None, max_examples=30)
@@ -60,8 +63,7 @@ def test_neighbours_are_those_of_the_square():
     assert places[16].tolist() == [none] * 5  # after the last
 
 
-@pytest.mark.parametrize("added", [{"modulated": True}, {"neighbours": 1}, {"squared_relu": True},
-                                   {"normalised_qk": True}])
+@pytest.mark.parametrize("added", [{"modulated": True}, {"neighbours": 1}, {"squared_relu": True}])
 def test_each_addition_changes_the_forecasts(added):
     torch.manual_seed(0)
     plain, other = (GPT(GPTConfig(1, 32, 4, 50, 16, 8, **more)).eval() for more in ({}, added))
@@ -72,6 +74,38 @@ def test_each_addition_changes_the_forecasts(added):
                 p.copy_(0.3 * torch.randn(p.shape, generator=own))
     embedding, codes = torch.randn(2, 8), torch.randint(50, (2, 15))
     assert not torch.allclose(plain(embedding, codes), other(embedding, codes), atol=1e-3)
+
+
+SHARDS = SimpleNamespace(manifest={"codebook_size": 8}, length=16, embedding_dim=8)
+
+
+def settings_with(*flags):
+    return train_gpt.parse(["shards", "--run", "run", "--layers", "1", "--width", "8", "--heads",
+                            "1", *flags])
+
+
+def test_flags_make_the_published_gpt_or_more():
+    bare = ("--neighbours", "0", *(f"--{name}=no" for name in
+                                   ("modulated", "squared-relu")))
+    published = GPTConfig(1, 8, 1, 8, 16, 8, null_embedding=True)
+    assert make_gpt(settings_with(*bare), SHARDS).config == published
+    config = make_gpt(settings_with(), SHARDS).config
+    assert {name: getattr(config, name) for name in NEW} == NEW | {"layers": 1, "width": 8,
+                                                                   "heads": 1}
+
+
+def test_flags_that_cannot_be_are_one_sentence(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        settings_with("--modulated", "maybe")
+    assert "'maybe' is not yes or no" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="neighbours must be from 0 to 5, got 6"):
+        make_gpt(settings_with("--neighbours", "6"), SHARDS)
+    given = GPT(GPTConfig(1, 8, 1, 8, 16, 8))
+    monkeypatch.setattr("scripts.training.gpt.load_gpt", lambda source: given)
+    settings_ = train_gpt.parse(["shards", "--run", "run", "--from", "x", "--squared-relu", "yes"])
+    with pytest.raises(ValueError, match="--squared-relu True is not that of x, False: leave "
+                                         "--squared-relu out"):
+        make_gpt(settings_, SHARDS)
 
 
 def test_a_forecast_depends_on_the_condition_and_on_earlier_codes_alone():

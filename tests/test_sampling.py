@@ -26,8 +26,8 @@ from clipgen.sampling import (
 from tests.marks import INT8, NEEDS_INT8
 from tests.micro import micro_gpt
 
-ALL = {"neighbours": len(NEIGHBOURS), "modulated": True, "squared_relu": True,
-       "normalised_qk": True}  # that a GPT can have beyond the published one
+# What a GPT can have beyond the published one.
+ALL = {"neighbours": len(NEIGHBOURS), "modulated": True, "squared_relu": True}
 ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
                                **{name: st.booleans() for name in list(ALL)[1:]}})
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
