@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +115,22 @@ class LinearGELU(nn.Linear):
         return F.gelu(super().forward(x))
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """The square of what is above 0 (arXiv 2109.08668)."""
-    return F.relu(x).square()
+class SquaredReLU(torch.autograd.Function):
+    """The square of what is above 0 (arXiv 2109.08668), in half the trips to memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        y, = ctx.saved_tensors
+        return (gradient * y).mul_(2)
+
+
+squared_relu = SquaredReLU.apply
 
 
 class LinearSquaredReLU(nn.Linear):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipgen.gpt import GPT, NEIGHBOURS, GPTConfig, KVCache, neighbour_places
+from clipgen.gpt import GPT, NEIGHBOURS, GPTConfig, KVCache, neighbour_places, squared_relu
 from scripts import train_gpt
 from scripts.training.gpt import NEW, make_gpt
 from tests.micro import micro_gpt
@@ -51,6 +51,14 @@ def test_cached_logits_equal_the_full_pass(layers, heads, rows, block_size, adde
                 sofar = torch.full((rows, block_size + 1), 50)
                 sofar[:, :i + 1] = codes[:, :i + 1]
                 x = x + gpt.beside(sofar, places[i + 1:i + 2])[:, 0]
+
+
+@settings(deadline=None, max_examples=20)
+@given(count=st.integers(0, 9), seed=st.integers(0, 99))
+def test_the_gradient_of_the_squared_relu_is_its_own(count, seed):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert torch.equal(squared_relu(x), x.clamp(min=0) ** 2)
+    assert torch.autograd.gradcheck(squared_relu, x.requires_grad_(True))
 
 
 def test_neighbours_are_those_of_the_square():
@@ -103,7 +111,7 @@ def test_flags_that_cannot_be_are_one_sentence(monkeypatch, capsys):
     given = GPT(GPTConfig(1, 8, 1, 8, 16, 8))
     monkeypatch.setattr("scripts.training.gpt.load_gpt", lambda source: given)
     settings_ = train_gpt.parse(["shards", "--run", "run", "--from", "x", "--squared-relu", "yes"])
-    with pytest.raises(ValueError, match="--squared-relu True is not that of x, False: leave "
+    with pytest.raises(ValueError, match="--squared-relu yes is not that of x, no: leave "
                                          "--squared-relu out"):
         make_gpt(settings_, SHARDS)
 

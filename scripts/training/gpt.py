@@ -292,9 +292,11 @@ def make_gpt(settings: GPTSettings, data: Shards) -> GPT:
     given = load_gpt(settings.start_from)
     for name in NEW:
         if getattr(settings, name) not in (None, getattr(given.config, name)):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} is not that of "
-                             f"{settings.start_from}, {getattr(given.config, name)}: leave "
-                             f"--{name.replace('_', '-')} out")
+            flag = f"--{name.replace('_', '-')}"
+            other, own = (said(value) if isinstance(value, bool) else value
+                          for value in (getattr(settings, name), getattr(given.config, name)))
+            raise ValueError(f"{flag} {other} is not that of {settings.start_from}, {own}: leave "
+                             f"{flag} out")
     for name, value in fits.items():
         if getattr(given.config, name) != value:
             raise ValueError(f"the GPT of {settings.start_from} has the {name} "
