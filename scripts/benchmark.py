@@ -4,6 +4,7 @@
     python -m scripts.benchmark sample   ms a step, images/s and share of the bandwidth of sampling
     python -m scripts.benchmark serve    what the server adds to the model's time
     python -m scripts.benchmark start    process start to a server that is ready, by part
+    python -m scripts.benchmark speedrun how much faster than a frozen recipe training learns
 
 `python -m scripts.benchmark NAME --help` lists the flags of each.
 """
@@ -20,7 +21,7 @@ from scripts.training.cli import one_sentence
 
 # Each is the file benchmarks/NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
-COMMANDS = ("train", "sample", "serve", "start")
+COMMANDS = ("train", "sample", "serve", "start", "speedrun")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,8 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            rows = (f"--batch {a.batch}" if given.command == "train" else
-                    f"--rows {max(a.rows)}")
+            if given.command == "speedrun":
+                raise MemoryError("out of memory: give the recipes a smaller --batch") from None
+            rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
             raise MemoryError(f"{rows} does not fit into the memory of {a.device}: give fewer"
                               ) from None
     print(command.table(result), file=sys.stderr)

@@ -73,15 +73,17 @@ def test_it_stops_in_time_goes_on_and_adds_up_seconds(tmp_path, capfd):
 
     with pytest.raises(Stopped):
         do_all(0.0, a=Nap("a", "asleep"))
+    assert begun in ([], ["a"])  # the time may be over before it begins
+    begun.clear()
     with pytest.raises(Stopped):
         do_all(b=Nap("b", "told to stop"))
-    assert begun == list("aab")
+    assert begun == list("ab")
     with pytest.raises(ValueError, match="no such nap"):
         do_all(b=Nap("b", "wrong"))
     spent = do_all(b=Nap("b", kind="other"))  # what is not done may be done otherwise
-    assert begun == list("aabbbc") and set(spent) == {"a", "b", "c", "all"}
+    assert begun == list("abbbc") and set(spent) == {"a", "b", "c", "all"}
     assert spent["all"] == pytest.approx(sum(spent[k] for k in "abc"), abs=0.1)
-    assert do_all(b=Nap("b", kind="other")) == spent and begun == list("aabbbc")
+    assert do_all(b=Nap("b", kind="other")) == spent and begun == list("abbbc")
     assert "c: --name c" in capfd.readouterr().err
     with pytest.raises(ValueError, match=r"other settings \(c.kind usual became new\)"):
         do_all(b=Nap("b", kind="other"), c=Nap("c", kind="new"))

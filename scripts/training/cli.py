@@ -63,6 +63,21 @@ def duration(text: str) -> float:
     return seconds
 
 
+ANSWERS = {"yes": True, "no": False}
+
+
+def answer(text: str) -> bool:
+    """True of yes, False of no; for settings that are neither where they are not given."""
+    if text not in ANSWERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not yes or no")
+    return ANSWERS[text]
+
+
+def said(value: bool) -> str:
+    """The text of which `answer` makes the value."""
+    return "yes" if value else "no"
+
+
 def setting(default: Any = MISSING, help: str = "", *, type: Callable[[str], Any] | None = None,
             choices: Any = None, flag: str | None = None, metavar: str | None = None,
             positional: bool = False, free: bool = False, instead_of: str | None = None) -> Any:
