@@ -179,7 +179,7 @@ class Walk:
 
     def parts(self):
         optimizer = torch.optim.SGD(self.model.parameters(), lr=1)
-        return {"model": trainer.Part(self.model, optimizer, self.loss)}
+        return {"model": trainer.Part(self.model, [optimizer], self.loss)}
 
     def batch(self, step):
         self.act(self, step)

@@ -336,7 +336,8 @@ def test_the_first_step_learns_and_the_rate_is_that_of_the_step(any_state):
     before = {k: v.clone() for k, v in state.task.model.named_parameters()}
     for step in range(3):
         state.step(step)
-        rates = {group["lr"] for group in state.parts["model"].optimizer.param_groups}
+        rates = {group["lr"] for optimizer in state.parts["model"].optimizers
+                 for group in optimizer.param_groups}
         assert rates == {learning_rate(step, STEPS, 1e-3, 4)}
         if step == 0:
             after = dict(state.task.model.named_parameters())
@@ -347,8 +348,9 @@ def test_the_first_step_learns_and_the_rate_is_that_of_the_step(any_state):
 def test_gradients_are_clipped_and_gone_after_the_step(any_state):
     state = any_state()
     part, norms = state.parts["model"], []
-    before = part.optimizer.step
-    part.optimizer.step = lambda: (norms.append(torch.stack([
+    first = part.optimizers[0]
+    before = first.step
+    first.step = lambda: (norms.append(torch.stack([
         p.grad.norm() for p in part.module.parameters() if p.grad is not None]).norm().item()),
         before())
     whole = state.task.loss
@@ -382,6 +384,6 @@ def test_what_is_validated_is_the_average(any_state):
 def test_biases_norms_and_vectors_do_not_decay(any_state):
     state = any_state()
     for part in state.parts.values():
-        for group in part.optimizer.param_groups:
-            assert (group["weight_decay"] > 0) == (group["params"][0].dim() > 1)
-            assert len({p.dim() > 1 for p in group["params"]}) == 1
+        for group in (group for each in part.optimizers for group in each.param_groups):
+            for p in group["params"]:
+                assert (group["weight_decay"] > 0) == (p.dim() > 1)

@@ -51,12 +51,12 @@ def test_adamw_steps_of_a_matrix_decay_and_those_of_a_bias_do_not():
 @pytest.mark.parametrize("make", [micro_gpt, micro_vqgan, micro_clip])
 def test_biases_norms_and_vectors_do_not_decay(make):
     module = make().requires_grad_(True)
-    optimizers = [adamw(module, LR, DECAY)]
+    made = [[adamw(module, LR, DECAY)]]
     if hasattr(module, "blocks"):
-        optimizers.append(muon(module, LR, DECAY))
-    for optimizer in optimizers:
-        decays = {id(p): group["weight_decay"] for group in optimizer.param_groups
-                  for p in group["params"]}
+        made.append(muon(module, LR, DECAY))
+    for optimizers in made:
+        decays = {id(p): group["weight_decay"] for optimizer in optimizers
+                  for group in optimizer.param_groups for p in group["params"]}
         for name, p in module.named_parameters():
             vector = p.dim() < 2
             assert decays.pop(id(p)) == (0.0 if vector else DECAY), name

@@ -110,9 +110,9 @@ class PublicTask(GPTTask):
         self.accelerator = copy.copy(self.accelerator)
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.forward = self.model
-        optimizer = OPTIMIZERS[self.settings.optimizer](self.model, self.settings.lr,
+        optimizers = OPTIMIZERS[self.settings.optimizer](self.model, self.settings.lr,
                                                         self.settings.decay)
-        return {"model": Part(self.model, optimizer, self.loss)}
+        return {"model": Part(self.model, optimizers, self.loss)}
 
 
 def make_training(kind: type[GPTTask], settings: GPTSettings, gpt: GPT,

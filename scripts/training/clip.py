@@ -142,7 +142,7 @@ class CLIPTask:
     def parts(self) -> dict[str, Part]:
         self.embed, optimizer = self.accelerator.prepare(
             Pair(self.model), adamw(self.model, self.settings.lr, DECAY))
-        return {"model": Part(self.model, optimizer, self.loss)}
+        return {"model": Part(self.model, [optimizer], self.loss)}
 
     def batch(self, step: int) -> CLIPBatch:
         """Images moved a little, and one of the captions of each."""

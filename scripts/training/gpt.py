@@ -24,12 +24,12 @@ from scripts.evaluation.metrics import entropy
 from scripts.training.cli import amount, answer, positive, said, setting, share, whole
 from scripts.training.loading import CODES, fingerprint, load_clip, load_gpt, load_vqgan
 from scripts.training.losses import EmbeddingReconstruction, centre
-from scripts.training.optim import adamw, muon
+from scripts.training.optim import adamw_alone, muon
 from scripts.training.run_directory import finish, logged
 from scripts.training.settings import RunSettings
 from scripts.training.trainer import Part, generator, train
 
-OPTIMIZERS = {"muon": muon, "adamw": adamw}
+OPTIMIZERS = {"muon": muon, "adamw": adamw_alone}
 # Of a new GPT, how large it is and what it has beyond the published one (docs/speed.md).
 NEW = {"layers": 6, "width": 256, "heads": 4, "neighbours": 5, "modulated": True,
        "squared_relu": True}
@@ -116,11 +116,11 @@ class GPTTask:
 
     def parts(self) -> dict[str, Part]:
         settings = self.settings
-        optimizer = OPTIMIZERS[settings.optimizer](self.model, settings.lr, settings.decay)
+        optimizers = OPTIMIZERS[settings.optimizer](self.model, settings.lr, settings.decay)
         if settings.compile:
             self.model.compile()
-        self.forward, optimizer = self.accelerator.prepare(self.model, optimizer)
-        return {"model": Part(self.model, optimizer, self.loss)}
+        self.forward, *optimizers = self.accelerator.prepare(self.model, *optimizers)
+        return {"model": Part(self.model, optimizers, self.loss)}
 
     def batch(self, step: int) -> GPTBatch:
         """Everything is drawn for the batches of all processes; each takes its own rows."""

@@ -111,8 +111,8 @@ def by_squares(x: Tensor) -> Tensor:
     return product @ x
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for groups with `parts`, matrices of one shape; AdamW for the others.
+class Muon(torch.optim.Optimizer):
+    """Muon for groups of matrices of one shape.
 
     A matrix moves along its orthogonalised Nesterov momentum, times 0.2 sqrt(longer side), which
     makes its steps as long as AdamW's usually are: one learning rate and decay suit both
@@ -120,15 +120,18 @@ class Muon(torch.optim.AdamW):
     convolution's weight is one whose rows are its outputs.
     """
 
+    def __init__(self, groups: list[dict[str, Any]], lr: float):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "parts": 1})
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if "parts" not in group or not parameters:
+            if not parameters:
                 continue
             for p in parameters:
-                if not self.state[p]:  # AdamW looks for a step where it loads a state
-                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+                if not self.state[p]:
+                    self.state[p] = {"momentum": torch.zeros_like(p)}
             momenta = [self.state[p]["momentum"] for p in parameters]
             gradients = [p.grad for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
@@ -138,13 +141,19 @@ class Muon(torch.optim.AdamW):
             moves = orthogonal(single) * (0.2 * max(single.shape[1:]) ** 0.5)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, list(moves.reshape(ahead.shape)), alpha=-group["lr"])
-            for p in parameters:
-                p.grad = None  # used up: AdamW passes over parameters without one
-        super().step()
 
 
-def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
-    """Muon for the matrices of a GPT's blocks; AdamW for all else, as `optimise.adamw`."""
+def muon_and_adamw(groups: list[dict[str, Any]], module: nn.Module, peak: float,
+                   decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the groups, AdamW for what else the module trains."""
+    matrices = {p for group in groups for p in group["params"]}
+    rest = [p for p in module.parameters() if p.requires_grad and p not in matrices]
+    return [Muon(groups, peak), torch.optim.AdamW(decay_groups(rest, decay), lr=peak, betas=BETAS,
+                                                  fused=rest[0].is_cuda)]
+
+
+def muon(gpt: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a GPT's blocks; AdamW for all else."""
     kinds: dict[str, list[nn.Parameter]] = {}  # such as "qkv.weight": that of every layer
     for block in gpt.blocks:
         for name, p in block.named_parameters():
@@ -152,13 +161,10 @@ def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
                 kinds.setdefault(name, []).append(p)
     groups = [{"params": matrices, "weight_decay": decay,
                "parts": 3 if name.startswith("qkv") else 1} for name, matrices in kinds.items()]
-    hidden = {p for matrices in kinds.values() for p in matrices}
-    rest = [p for p in gpt.parameters() if p.requires_grad and p not in hidden]
-    # Not fused: a fused step would be asked to pass over infinite gradients by itself.
-    return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)
+    return muon_and_adamw(groups, gpt, peak, decay)
 
 
-def muon_vqgan(vqgan: nn.Module, peak: float, decay: float) -> Muon:
+def muon_vqgan(vqgan: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
     """Muon for what lies between a VQGAN's first and last convolutions; AdamW for all else."""
     kinds: dict[tuple, list[nn.Parameter]] = {}
     for part in (vqgan.encoder.down, vqgan.encoder.mid, vqgan.decoder.mid, vqgan.decoder.up):
@@ -168,6 +174,9 @@ def muon_vqgan(vqgan: nn.Module, peak: float, decay: float) -> Muon:
                 kinds.setdefault((parts, *p.shape), []).append(p)
     groups = [{"params": matrices, "weight_decay": decay, "parts": kind[0]}
               for kind, matrices in kinds.items()]
-    hidden = {p for matrices in kinds.values() for p in matrices}
-    rest = [p for p in vqgan.parameters() if p.requires_grad and p not in hidden]
-    return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)
+    return muon_and_adamw(groups, vqgan, peak, decay)
+
+
+def adamw_alone(module: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all that the module trains."""
+    return [adamw(module, peak, decay)]

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -40,14 +40,14 @@ GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 
 @dataclass
 class Part:
-    """A module that is trained: its optimizer and its loss.
+    """A module that is trained: its optimizers, which share its parameters out, and its loss.
 
     `loss` takes the batch of a step and returns what is minimized, and values to log by name.  The
     part sits out the steps before `begins` and takes `rate` times the learning rate.
     """
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
     begins: int = 0
     rate: float = 1.0
@@ -118,14 +118,16 @@ class State:
             if step < part.begins:
                 continue
             loss, found = part.loss(batch)
-            set_learning_rate(part.optimizer, part.rate * rate)
-            part.optimizer.zero_grad(set_to_none=True)
+            for optimizer in part.optimizers:
+                set_learning_rate(optimizer, part.rate * rate)
+                optimizer.zero_grad(set_to_none=True)
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(part.module.parameters(), GRADIENT_NORM)
             values |= found | {"gradient" if name == "model" else f"{name}_gradient": norm}
-            part.optimizer.step()
-            # Of all parts alike: the scaler of float16 looks at every optimizer's gradients.
-            part.optimizer.zero_grad(set_to_none=True)
+            for optimizer in part.optimizers:
+                optimizer.step()
+                # In all parts alike: the scaler of float16 looks at every optimizer's gradients.
+                optimizer.zero_grad(set_to_none=True)
         values |= task.after(step)
         self.average.update(task.model, step)
         if accelerator.num_processes > 1:
@@ -136,13 +138,14 @@ class State:
         state: dict[str, Any] = {"average": self.average.state()} | self.task.buffers()
         for name, part in self.parts.items():
             state[name] = part.module.state_dict()
-            state[f"{name}_optimizer"] = part.optimizer.state_dict()
+            state[f"{name}_optimizers"] = [each.state_dict() for each in part.optimizers]
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.module.load_state_dict(state[name])
-            part.optimizer.load_state_dict(state[f"{name}_optimizer"])
+            for optimizer, saved in zip(part.optimizers, state[f"{name}_optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         self.average.load(state["average"])
         for name, buffer in self.task.buffers().items():
             buffer.copy_(state[name])

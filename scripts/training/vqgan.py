@@ -27,7 +27,7 @@ from scripts.training.losses import (
     hinge_loss,
     quantise,
 )
-from scripts.training.optim import adamw, muon_vqgan
+from scripts.training.optim import adamw, adamw_alone, muon_vqgan
 from scripts.training.run_directory import finish
 from scripts.training.settings import RunSettings
 from scripts.training.trainer import Part, generator, train
@@ -40,7 +40,7 @@ PUBLISHED = {"perceptual_loss": "lpips", "perceptual": 1.0, "l2": 0.0, "gan": 0.
 NEW = {"channels": "64,128", "patch": 4, "blocks": 1, "attention": "", "codebook_size": 1024,
        "code_dim": 8, "norm_groups": 0}
 DECAY = 1e-4  # weight decay of matrices
-OPTIMIZERS = {"muon": muon_vqgan, "adamw": adamw}
+OPTIMIZERS = {"muon": muon_vqgan, "adamw": adamw_alone}
 
 
 @dataclass(kw_only=True)
@@ -139,13 +139,13 @@ class VQGANTask:
 
     def parts(self) -> dict[str, Part]:
         lr, prepare = self.settings.lr, self.accelerator.prepare
-        optimizer = OPTIMIZERS[self.settings.optimizer](self.model, lr, DECAY)
-        self.autoencode, optimizer = prepare(
-            Autoencoder(self.model, self.settings.commitment), optimizer)
+        optimizers = OPTIMIZERS[self.settings.optimizer](self.model, lr, DECAY)
+        self.autoencode, *optimizers = prepare(
+            Autoencoder(self.model, self.settings.commitment), *optimizers)
         self.discriminate, discriminator_optimizer = prepare(
             self.discriminator, adamw(self.discriminator, lr, DECAY))
-        return {"model": Part(self.model, optimizer, self.loss),
-                "discriminator": Part(self.discriminator, discriminator_optimizer,
+        return {"model": Part(self.model, optimizers, self.loss),
+                "discriminator": Part(self.discriminator, [discriminator_optimizer],
                                       self.discriminator_loss, begins=self.gan_start, rate=0.5)}
 
     def batch(self, step: int) -> VQGANBatch:
