@@ -2,7 +2,7 @@
 
 So packed, a row of the product need not depend on the rows beside it, to the last bit, as it does
 with nn.Linear: `rows_agree` looks, and where it is so few images cost less than many.  The
-operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantised modules,
+operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantized modules,
 are private: this file alone knows them, and without oneDNN's everything runs as it does elsewhere.
 docs/speed.md has the figures.
 """

@@ -1,4 +1,4 @@
-"""The VQGAN: pixels to codes (encoder, quantiser) and back (decoder).
+"""The VQGAN: pixels to codes (encoder, quantizer) and back (decoder).
 
 Modules and parameter names follow the published file, so converting it renames nothing.
 """

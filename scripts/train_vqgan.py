@@ -3,7 +3,7 @@
     python -m scripts.train_vqgan IMAGES --run runs/vqgan --clip runs/clip
     accelerate launch -m scripts.train_vqgan ...      on several devices
 
-Loss: L1 + L2 + perceptual + quantiser + hinge GAN from `--gan-start`.  New models have codes of 8
+Loss: L1 + L2 + perceptual + quantizer + hinge GAN from `--gan-start`.  New models have codes of 8
 dimensions and unit length (ViT-VQGAN, arXiv 2110.04627); `--published` has the public recipe's.
 
 `--from` fine-tunes the VQGAN of a bundle or run.  `--decoder-of` trains its decoder alone: codes,

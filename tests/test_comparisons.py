@@ -67,7 +67,7 @@ def test_vqgan_clip_draws_nearer_to_the_text_than_where_it_starts(bundle):
     texts = ["a cat", "a dog on the beach"]
 
     def score(steps):
-        images = baseline_vqgan_clip.optimise(model, texts, steps, 4, 0.1, seed=0)
+        images = baseline_vqgan_clip.optimize(model, texts, steps, 4, 0.1, seed=0)
         assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
         embeddings = model.clip.embed_pixels(images.float() / 255)
         return (embeddings * model.clip.embed_texts(texts)).sum(1)

@@ -115,7 +115,7 @@ def test_train_clip(data, tmp_path):
 def test_train_vqgan(data, tmp_path):
     one, two = one_and_two("train_vqgan", data["train_vqgan"], tmp_path, 8, "--lr", 1e-4)
     assert len(log(one, "loss")) == STEPS
-    for name in ("loss", "quantiser", "gan", "discriminator"):
+    for name in ("loss", "quantizer", "gan", "discriminator"):
         assert difference(one, two, name) < 1e-4
     assert difference(one, two, "adaptive") < 1e-4 * max(log(one, "adaptive").values())
     assert max(log(one, "restarted").values()) > 0 == difference(one, two, "restarted")

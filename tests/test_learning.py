@@ -183,7 +183,7 @@ def test_a_gpt_learns_a_batch_by_heart_and_draws_its_codes(gpt_state):
 # VQGAN
 
 
-def plain_copies(vqgan, pixels, quantised):
+def plain_copies(vqgan, pixels, quantized):
     """(copies, z, code vectors) without a helper of the training."""
     features = vqgan.encoder(2 * pixels - 1)
     z = features / features.norm(dim=1, keepdim=True)
@@ -192,7 +192,7 @@ def plain_copies(vqgan, pixels, quantised):
     nearest = torch.einsum("ndhw,kd->nkhw", z, book).argmax(1)  # of unit length
     vectors = book[nearest].permute(0, 3, 1, 2)
     straight = z + (vectors - z).detach()
-    return (vqgan.decoder(straight if quantised else z) + 1) / 2, z, vectors
+    return (vqgan.decoder(straight if quantized else z) + 1) / 2, z, vectors
 
 
 @pytest.mark.parametrize("step", [2, 12])  # before codes are used, and after

@@ -23,7 +23,7 @@ from scripts.training.losses import (
     adaptive_weight,
     centre,
     hinge_loss,
-    quantise,
+    quantize,
 )
 from tests.micro import micro_clip, micro_vqgan
 
@@ -192,15 +192,15 @@ def test_adaptive_weight_is_the_ratio_of_gradients(others, gan, expected):
     (wanted + ratio * adversarial).backward()  # both graphs are still there
 
 
-# The quantiser
+# The quantizer
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_the_quantisers_loss_and_its_two_gradients(normalised):
+def test_the_quantizers_loss_and_its_two_gradients(normalised):
     vqgan = micro_vqgan()
     vqgan.quantizer.l2_normalised = normalised
     features = torch.randn(2, 8, 3, 3, requires_grad=True)
-    vectors, codes, loss = quantise(vqgan, features, commitment=0.25)
+    vectors, codes, loss = quantize(vqgan, features, commitment=0.25)
     book = vqgan.quantizer.embedding.weight
     if normalised:
         z, book = F.normalize(features, dim=1), F.normalize(book, dim=1)
@@ -220,11 +220,11 @@ def test_the_quantisers_loss_and_its_two_gradients(normalised):
     torch.testing.assert_close(found, (encoder, codebook))
 
 
-def test_gradients_pass_straight_through_the_quantiser():
+def test_gradients_pass_straight_through_the_quantizer():
     vqgan = micro_vqgan()
     vqgan.quantizer.l2_normalised = False
     features = torch.randn(1, 8, 2, 2, requires_grad=True)
-    vectors, _, _ = quantise(vqgan, features, 0.25)
+    vectors, _, _ = quantize(vqgan, features, 0.25)
     towards = torch.randn_like(features)
     (vectors * towards).sum().backward()
     assert torch.equal(features.grad, towards)

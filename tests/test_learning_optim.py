@@ -1,4 +1,4 @@
-"""Steps of the optimisers, the learning rate and the moving average, against plain lines."""
+"""Steps of the optimizers, the learning rate and the moving average, against plain lines."""
 
 import math
 

@@ -4,7 +4,7 @@
 
 clipgen   the step of `scripts.train_gpt` itself; codes and embeddings are read from shards
           (temporary ones of random codes, read as any others)
-public    the same step, of the same GPT with the same optimiser, moving average and batch, but in
+public    the same step, of the same GPT with the same optimizer, moving average and batch, but in
           float32 and not compiled, and VQGAN and CLIP make the codes and embeddings from pixels
           in every step; the pixels are in memory, so that reading files and decoding them, which
           the public way does as well, is not counted; nor is torch's default of TF32 in
@@ -56,7 +56,7 @@ from scripts.training.trainer import Part, State, start
 
 IMAGES, CROPS = 4096, 4  # of the temporary shards
 BLOCKS = 10  # of steps, of each way, at most
-WARM_UP = 2  # steps of each way: the first compiles, and allocates the optimiser's state
+WARM_UP = 2  # steps of each way: the first compiles, and allocates the optimizer's state
 
 
 class Pixels:

@@ -2,7 +2,7 @@
 
     python -m scripts.emoji.baseline_vqgan_clip weights/emoji [--prompts 32] [--steps 300]
 
-VQGAN-CLIP (arXiv 2204.08583) has no GPT: for every text it optimises the VQGAN's latent by Adam
+VQGAN-CLIP (arXiv 2204.08583) has no GPT: for every text it optimizes the VQGAN's latent by Adam
 until CLIP finds the decoded image, seen through random cut-outs, near to the text.  Texts are those
 of scripts.evaluate about pairs that training never showed, the judge is the same, and Fréchet
 distances are to the same fresh renders; below 161 texts they are mostly bias,
@@ -34,7 +34,7 @@ from scripts.evaluation.scores import fit, sample, unknown_words
 from scripts.training.cli import number, positive, seed
 from scripts.training.losses import centre
 
-TOGETHER = 8  # texts optimised at once
+TOGETHER = 8  # texts optimized at once
 
 
 def cut_outs(pixels: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -52,7 +52,7 @@ def cut_outs(pixels: Tensor, count: int, size: int, generator: torch.Generator) 
     return cut + 0.05 * torch.randn(cut.shape, generator=generator).to(cut)
 
 
-def optimise(model: ClipGen, texts: list[str], steps: int, cuts: int, rate: float,
+def optimize(model: ClipGen, texts: list[str], steps: int, cuts: int, rate: float,
              seed: int) -> Tensor:
     """One image of each text by VQGAN-CLIP: uint8 (N, 3, S, S)."""
     clip, vqgan = model.clip, model.vqgan
@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> dict:
                                                  asdict(model.sampling))
         results[name] = {"seconds_per_image": seconds / len(texts)}
     name, began, parts = f"VQGAN-CLIP, {a.steps} steps", time.perf_counter(), []
-    for start in tqdm(range(0, len(texts), TOGETHER), desc="optimising"):
-        parts.append(optimise(model, texts[start:start + TOGETHER], a.steps, a.cuts, a.rate,
+    for start in tqdm(range(0, len(texts), TOGETHER), desc="optimizing"):
+        parts.append(optimize(model, texts[start:start + TOGETHER], a.steps, a.cuts, a.rate,
                               a.seed + start))
     made[name] = torch.cat(parts)
     results[name] = {"seconds_per_image": (time.perf_counter() - began) / len(texts)}

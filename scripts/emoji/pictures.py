@@ -1,4 +1,4 @@
-"""The pictures of the README: texts about pairs that training never showed, and what comes of them.
+"""The pictures of the README, with their texts.
 
     python -m scripts.emoji.pictures docs/pictures.png [--weights weights/emoji]
 
@@ -15,7 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 from clipgen import ClipGen
 from scripts.training.cli import one_sentence
 
-TEXTS = {"a cat": 0}
+TEXTS = {  # and their seeds
+    "a unicorn on the moon": 1, "a snowman on a sandy beach on a sunny day": 1,
+    "a hamburger on the moon": 1, "a car on the beach at sunset": 1,
+    "a panda in the city in the rain": 1, "a watermelon on the beach": 1}
 SIDE, COLUMNS, GAP, STRIP = 256, 3, 12, 30  # pixels
 
 
@@ -30,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = -(-len(TEXTS) // COLUMNS)
         page = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, rows * (SIDE + STRIP + GAP) + GAP),
                          "white")
-        draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+        draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
         for i, (text, seed) in enumerate(TEXTS.items()):
             image, = model.generate(text, num_images=1, candidates=16, seed=seed)
             x, y = GAP + i % COLUMNS * (SIDE + GAP), GAP + i // COLUMNS * (SIDE + STRIP + GAP)

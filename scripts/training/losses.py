@@ -94,8 +94,8 @@ class LPIPS(nn.Module):
         return self.distance(pixels, target, normalize=True).mean()
 
 
-def quantise(vqgan: VQGAN, features: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (N, D, h, w) to straight-through vectors, codes (N, h, w) and the quantiser's loss.
+def quantize(vqgan: VQGAN, features: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D, h, w) to straight-through vectors, codes (N, h, w) and the quantizer's loss.
 
     `commitment` weighs the encoder's term, the codebook's weighs 1 (VQ-VAE, arXiv 1711.00937).
     """

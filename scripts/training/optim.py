@@ -1,4 +1,4 @@
-"""Optimisers, learning rate and moving average that all trainings share.
+"""Optimizers, learning rate and moving average that all trainings share.
 
 Muon: matrices move along their orthogonalised momentum (K. Jordan and others, 2024).  torch has one
 from 2.9 on; this one also treats query, key and value, which stand on top of each other in one
@@ -38,7 +38,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimiser, which decays matrices alone, not biases, norms and vectors."""
+    """Two groups for an optimizer, which decays matrices alone, not biases, norms and vectors."""
     parameters = list(parameters)
     return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]

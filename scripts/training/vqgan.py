@@ -25,7 +25,7 @@ from scripts.training.losses import (
     Discriminator,
     adaptive_weight,
     hinge_loss,
-    quantise,
+    quantize,
 )
 from scripts.training.optim import adamw, adamw_alone, muon_vqgan
 from scripts.training.run_directory import finish
@@ -67,7 +67,7 @@ class VQGANSettings(RunSettings):
     unnormalised: bool = setting(False, "codes of any length, not of unit length")
     norm_groups: int | None = setting(None, "of GroupNorm; 0: no normalisation "
                                       f"({NEW['norm_groups']})", type=whole)
-    unquantised: float = setting(0.2, "share of steps before codes are used", type=share)
+    unquantized: float = setting(0.2, "share of steps before codes are used", type=share)
     published: bool = setting(False, "the public recipe: 16,384 codes of 256 dimensions, "
                               "un-normalised, 256 pixels, lpips, adaptive GAN weight")
     start_from: str | None = setting(None, "fine-tune a bundle's or run's VQGAN", flag="from",
@@ -93,17 +93,17 @@ class VQGANSettings(RunSettings):
 
 
 class Autoencoder(nn.Module):
-    """Pixels (N, 3, S, S) in [0, 1] to their copy, features, codes and the quantiser's loss."""
+    """Pixels (N, 3, S, S) in [0, 1] to their copy, features, codes and the quantizer's loss."""
 
     def __init__(self, vqgan: VQGAN, commitment: float):
         super().__init__()
         self.vqgan, self.commitment = vqgan, commitment
 
-    def forward(self, pixels: Tensor, quantised: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, pixels: Tensor, quantized: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         features = self.vqgan.encoder(pixels * 2 - 1).float()
         with torch.autocast(features.device.type, enabled=False):
-            vectors, codes, loss = quantise(self.vqgan, features, self.commitment)
-            if not quantised:
+            vectors, codes, loss = quantize(self.vqgan, features, self.commitment)
+            if not quantized:
                 vectors, loss = self.vqgan.quantizer.normalise(features), 0 * loss
         return self.vqgan.decoder(vectors).float() * 0.5 + 0.5, features, codes, loss
 
@@ -132,7 +132,7 @@ class VQGANTask:
         self.feed = Feed(images, vqgan.config.image_size, settings, accelerator, steps)
         self.used = torch.zeros(vqgan.config.codebook_size, device=device)  # codes, lately
         self.new = not (settings.start_from or settings.decoder_of)
-        self.quantised_from = round(settings.unquantised * steps) if self.new else 0
+        self.quantized_from = round(settings.unquantized * steps) if self.new else 0
         self.gan_start = round(settings.gan_start * steps) if settings.gan else steps
         self.gan_warmup = max(1, min(500, (steps - self.gan_start) // 3))
         self.restart_every = max(10, min(100, steps // 20))
@@ -152,16 +152,16 @@ class VQGANTask:
         pixels = self.feed(step)[1].to(self.accelerator.device).float() / 255
         if step == 0 and self.new:
             whiten(self.model, self.accelerator.gather(pixels))
-        if step == self.quantised_from and self.new:
+        if step == self.quantized_from and self.new:
             self.place_codes(pixels, step)
         return VQGANBatch(step, pixels)
 
     def loss(self, batch: VQGANBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 + L2 + perceptual + GAN + quantizer, each by its weight."""
         s, accelerator, pixels = self.settings, self.accelerator, batch.pixels
-        quantised = batch.step >= self.quantised_from
+        quantized = batch.step >= self.quantized_from
         with accelerator.autocast():
-            copies, features, codes, quantizer = self.autoencode(pixels, quantised)
+            copies, features, codes, quantizer = self.autoencode(pixels, quantized)
         self.copies, self.features, self.codes = copies.detach(), features.detach(), codes
         values = {"l1": F.l1_loss(copies, pixels), "l2": F.mse_loss(copies, pixels)}
         loss = values["l1"] + s.l2 * values["l2"]
@@ -179,7 +179,7 @@ class VQGANTask:
                 weight = weight * values["adaptive"]
             loss = loss + weight * values["gan"]
         if not s.decoder_of:
-            values["quantiser"] = quantizer
+            values["quantizer"] = quantizer
             loss = loss + quantizer
         return loss, {"loss": loss} | values
 
