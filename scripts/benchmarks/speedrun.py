@@ -30,14 +30,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from scripts import train_gpt, train_vqgan
 from scripts.data import shards
 from scripts.data.dataset import open_parts, stack_views
 from scripts.training import plan
-from scripts.training.cli import positive, whole
-from scripts.training.gpt import GPTTask, make_gpt
+from scripts.training.cli import parse_settings, positive, whole
+from scripts.training.gpt import GPTSettings, GPTTask, make_gpt
 from scripts.training.trainer import State, start
-from scripts.training.vqgan import VQGANTask, make_vqgan, perceptual_loss
+from scripts.training.vqgan import VQGANSettings, VQGANTask, make_vqgan, perceptual_loss
 
 TODAY = Path(__file__).with_name("today.json")
 TRIAL = 6  # steps that measure speed; the first ones are slow
@@ -148,7 +147,8 @@ def flags_of(path: Path, kind: str) -> list[str]:
 
 
 def gpt_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]:
-    settings = train_gpt.parse([a.source, *flags, f"--seed={a.seed}", "--run=unused"])
+    settings = parse_settings(GPTSettings, [a.source, *flags, f"--seed={a.seed}", "--run=unused"],
+                              "a recipe")
     accelerator = start(settings.dtype, settings.seed)
     data, held = shards.read_shards(a.source), shards.read_shards(a.source, "validation")
 
@@ -163,7 +163,8 @@ def gpt_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]
 def vqgan_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]:
     given = [*(["--clip", a.clip] if a.clip else []),
              *(["--validation", a.validation] if a.validation else [])]
-    settings = train_vqgan.parse([a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"])
+    settings = parse_settings(
+        VQGANSettings, [a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"], "a recipe")
     accelerator = start(settings.dtype, settings.seed)
     images, held, _ = open_parts(settings.images, settings.validation, settings.held_out)
     perceptual = perceptual_loss(settings)
