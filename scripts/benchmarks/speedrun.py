@@ -147,8 +147,8 @@ def flags_of(path: Path, kind: str) -> list[str]:
 
 
 def gpt_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], State]:
-    settings = parse_settings(GPTSettings, [a.source, *flags, f"--seed={a.seed}", "--run=unused"],
-                              "a recipe")
+    settings = parse_settings(
+        GPTSettings, [a.source, *flags, f"--seed={a.seed}", "--run=unused"], "")
     accelerator = start(settings.dtype, settings.seed)
     data, held = shards.read_shards(a.source), shards.read_shards(a.source, "validation")
 
@@ -164,7 +164,7 @@ def vqgan_maker(a: argparse.Namespace, flags: list[str]) -> Callable[[int], Stat
     given = [*(["--clip", a.clip] if a.clip else []),
              *(["--validation", a.validation] if a.validation else [])]
     settings = parse_settings(
-        VQGANSettings, [a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"], "a recipe")
+        VQGANSettings, [a.source, *given, *flags, f"--seed={a.seed}", "--run=unused"], "")
     accelerator = start(settings.dtype, settings.seed)
     images, held, _ = open_parts(settings.images, settings.validation, settings.held_out)
     perceptual = perceptual_loss(settings)

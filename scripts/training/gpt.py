@@ -20,7 +20,7 @@ from scripts.data.files import sha256
 from scripts.data.shards import Shards, read_shards
 from scripts.data.transforms import order
 from scripts.evaluation.figures import grid
-from scripts.evaluation.scores import entropy
+from scripts.evaluation.metrics import entropy
 from scripts.training.cli import amount, answer, positive, said, setting, share, whole
 from scripts.training.loading import CODES, fingerprint, load_clip, load_gpt, load_vqgan
 from scripts.training.losses import EmbeddingReconstruction, centre

@@ -60,7 +60,7 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
         vqgan |= {"batch": 4, "lr": 2e-3, "patch": 2 ** min(2, halvings)}
         halvings -= min(2, halvings)  # what is left to the levels
         widths, codebook = (64, 128) if halvings else (128,), 1024
-        gpt = CPU_GPT if seconds < LONG else CPU_GPT | LARGE_BATCH
+        gpt = CPU_GPT | ({} if seconds < LONG else LARGE_BATCH)
         if seconds < SHORT:
             vqgan["gan"] = 0
     widths = (widths + widths[-1:] * halvings)[:halvings + 1]
