@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ SIZES = 1, 2, 4, 8, ROWS
 BUCKET = 64  # a captured step reads its cache up to the next multiple of this
 FEW = 128  # of the likeliest codes usually hold what top-p keeps
 SORTED = 1024  # a captured step sorts so many codes for any top-k up to it, else all
+FREE = -1  # of forced codes: the place of one that is to be drawn
 SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
 
 
@@ -110,6 +111,20 @@ def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
                         for seed in seeds])
 
 
+def check_forced(forced: Tensor, shape: tuple[int, int], codebook_size: int) -> Tensor:
+    """`forced` as int64 on the CPU; ValueError: no whole numbers, another shape, no such code."""
+    if forced.is_floating_point() or forced.is_complex() or forced.dtype is torch.bool:
+        raise ValueError(f"forced codes must be whole numbers, got {forced.dtype}")
+    if tuple(forced.shape) != shape:
+        raise ValueError(f"forced codes must have shape {shape}, got {tuple(forced.shape)}")
+    forced = forced.to("cpu", torch.int64)
+    outside = forced[(forced < FREE) | (forced >= codebook_size)]
+    if len(outside):
+        raise ValueError(f"forced codes must lie between 0 and {codebook_size - 1}, or be {FREE} "
+                         f"where free, got {outside[0]}")
+    return forced
+
+
 class Settings(NamedTuple):
     """How codes are drawn: as `filter_logits` takes it, and the guidance."""
 
@@ -139,19 +154,26 @@ class Sampler:
             self.block(ROWS, guidance != 1).prepare(top_k)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float, top_k: int,
-               top_p: float, guidance: float) -> Tensor:
+               top_p: float, guidance: float, forced: Tensor | None = None,
+               negative: Tensor | None = None,
+               progress: Callable[[int, int], None] | None = None) -> Tensor:
         """embeddings (N, D) unit rows, seeds: N ints -> codes int64 (N, block_size) on the CPU.
 
+        `forced`: int codes (N, block_size) that are written instead of drawn ones, -1 where free.
+        `negative`: a unit embedding (D,) in the null embedding's place, to be steered away from.
+        `progress` is called after every step with the codes made so far and their number.
+
         ValueError: a setting out of range, other than one seed a row, a width other than the GPT's,
-        or guidance other than 1 with a GPT that has no null embedding.  FloatingPointError: logits
-        that are not finite.  Threads may call it at the same time; they wait for each other.
+        guidance other than 1 with a GPT that has no null embedding and no `negative`, forced codes
+        of another shape or outside the codebook.  FloatingPointError: logits that are not finite.
+        Threads may call it at the same time; they wait for each other.
         """
         check_settings(temperature, top_k, top_p, guidance)
         seeds = [whole("seed", seed, 0) for seed in seeds]
         # The best code alone is what a temperature of 0 means.
         settings = Settings(temperature or 1.0, int(top_k) if temperature else 1, top_p, guidance)
         config = self.gpt.config
-        if guidance != 1 and not config.null_embedding:
+        if guidance != 1 and not config.null_embedding and negative is None:
             raise ValueError(f"guidance {guidance} needs a GPT that was trained with condition "
                              "dropout, and this one was not: use guidance 1")
         if embeddings.dim() != 2 or embeddings.shape[1] != config.embedding_dim:
@@ -161,7 +183,12 @@ class Sampler:
             raise ValueError(f"{len(embeddings)} embeddings need as many seeds, got {len(seeds)}")
         if not embeddings.isfinite().all():
             raise ValueError("embeddings must be finite")
+        if negative is not None and negative.shape != (config.embedding_dim,):
+            raise ValueError(f"negative must have shape ({config.embedding_dim},), "
+                             f"got {tuple(negative.shape)}")
         result = torch.empty(len(seeds), config.block_size, dtype=torch.int64)
+        if forced is not None:
+            forced = check_forced(forced, tuple(result.shape), config.codebook_size)
         with self.lock, torch.inference_mode():
             embeddings = embeddings.to(self.gpt.position)
             for start in range(0, len(seeds), ROWS):
@@ -170,9 +197,12 @@ class Sampler:
                 block = self.block(len(own), guidance != 1)
                 padding = block.rows - len(own)  # rows that repeat the last, thrown away
                 e = torch.cat([e, e[-1:].expand(padding, -1)])
-                block.begin(e, uniforms(own + own[-1:] * padding, config.block_size), settings)
+                block.begin(e, uniforms(own + own[-1:] * padding, config.block_size), settings,
+                            None if forced is None else forced[start:start + ROWS], negative)
                 for i in range(config.block_size):
                     block.advance(i)
+                    if progress is not None:
+                        progress(start * config.block_size + len(own) * (i + 1), result.numel())
                 if not block.largest.isfinite():
                     dtype = self.gpt.position.dtype
                     fault = ("are damaged, make the bundle again" if dtype is torch.float32
@@ -205,6 +235,8 @@ class Block:
         self.padded = torch.full((rows, config.block_size + 1), config.codebook_size,
                                  device=like.device)
         self.codes = self.padded[:, :-1]
+        self.forced = torch.full_like(self.codes, FREE)
+        self.forcing = False  # whether the step looks at them
         self.places = neighbour_places(config, like.device) if config.neighbours else None
         self.modulation = self.modulations = None
         if config.modulated:
@@ -216,10 +248,20 @@ class Block:
     def prepare(self, top_k: int) -> None:
         """Nothing: there is no graph to capture."""
 
-    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings) -> None:
-        """Start new images: embeddings (rows, D), uniforms (rows, block_size) in [0, 1)."""
+    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings,
+              forced: Tensor | None = None, negative: Tensor | None = None) -> None:
+        """Start new images: embeddings (rows, D), uniforms (rows, block_size) in [0, 1).
+
+        forced: int64 (n, block_size) of the first n images, FREE where a code is to be drawn;
+        negative (D,): instead of the null embedding.
+        """
         if self.guided:
-            embeddings = torch.cat([embeddings, self.gpt.null_embedding.expand(self.rows, -1)])
+            null = self.gpt.null_embedding if negative is None else negative.to(embeddings)
+            embeddings = torch.cat([embeddings, null.expand(self.rows, -1)])
+        self.forced.fill_(FREE)
+        if forced is not None:
+            self.forced[:len(forced)].copy_(forced)
+        self.forcing = forced is not None
         self.x.copy_(condition := self.gpt.condition(embeddings))
         if self.modulation is not None:
             self.modulation.copy_(self.gpt.modulate(condition))
@@ -245,6 +287,9 @@ class Block:
         probabilities, codes = filter_logits(logits, own.temperature, own.top_k, own.top_p,
                                              own.limit)
         code = draw(probabilities, codes, self.uniforms.index_select(1, at)[:, 0])
+        if self.forcing:
+            forced = self.forced.index_select(1, at)[:, 0]
+            code = torch.where(forced == FREE, code, forced)
         self.codes.index_copy_(1, at, code[:, None])
         at += 1
         x = gpt.code_embedding(code)
@@ -263,6 +308,7 @@ class StaticBlock(Block):
 
     def __init__(self, gpt: GPT, rows: int, guided: bool):
         super().__init__(gpt, rows, guided)
+        self.forcing = True  # a captured step always looks, so that it need not be captured twice
         self.numbers = torch.ones(4, device=self.x.device)
         temperature, top_p, guidance, limit = self.numbers.unbind()
         self.settings = Settings(temperature, 0, top_p, guidance, limit)
@@ -281,9 +327,11 @@ class StaticBlock(Block):
             if self.x.is_cuda and key not in self.graphs:
                 self.graphs[key] = self._capture(prefix)
 
-    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings) -> None:
+    def begin(self, embeddings: Tensor, uniforms: Tensor, settings: Settings,
+              forced: Tensor | None = None, negative: Tensor | None = None) -> None:
         self.prepare(settings.top_k)  # before the buffers are filled: capturing runs the step
-        super().begin(embeddings, uniforms, self.settings)
+        super().begin(embeddings, uniforms, self.settings, forced, negative)
+        self.forcing = True
         top_p = settings.top_p if settings.top_p < 1 else float("inf")
         self.numbers.copy_(torch.tensor([max(settings.temperature, 1e-6), top_p, settings.guidance,
                                          settings.top_k or float("inf")]))

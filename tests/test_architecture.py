@@ -19,17 +19,19 @@ SOURCES = [*CLIPGEN, *SCRIPTS, ROOT / "predict.py"]
 # Arrows within clipgen/. `bundle` makes the modules of the parts, so it knows the parts.
 ARROWS = {
     "__init__": {"device", "pipeline"},
-    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device"},
+    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device", "images"},
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
     "packed": {"gpt"},
     "clip": set(),
     "device": set(),
+    "images": set(),
     "gpt": set(),
     "vqgan": set(),
 }
 # What each file may import beside torch, numpy and the standard library.
-PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "pipeline": {"PIL"}}
+PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"},
+            "pipeline": {"PIL"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from clipgen.images import UnreadableImage, decode_image
 from scripts.data import archives
 from scripts.data.captions import read_captions
 from scripts.data.dataset import open_parts, refuse_inside
-from scripts.data.images import ENDINGS, UnreadableImage, decode_image, draw, split
+from scripts.data.images import ENDINGS, draw, split
 from scripts.data.presets import open_images
 from scripts.data.transforms import Views, all_views, batches, centre_view, order, random_view
 

@@ -1,6 +1,7 @@
 """Sampling: filters against a slow reference, draws against theory, seeds that stand alone."""
 
 import copy
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -305,3 +306,89 @@ def test_wrong_shapes_are_named(gpt):
     with pytest.raises(ValueError, match="2 embeddings need as many seeds, got 1"):
         Sampler(gpt).sample(torch.zeros(2, 32), [0], **PLAIN)
     assert Sampler(gpt).sample(torch.zeros(0, 32), [], **PLAIN).shape == (0, 16)
+
+
+# Forced codes and negatives
+
+
+@functools.lru_cache
+def sampler_of(kind, gpt):
+    with pytest.MonkeyPatch.context() as patch:
+        if kind != "packed":
+            patch.setattr(packing, "_possible", lambda weight: False)
+        sampler = Sampler(gpt)
+    if kind == "static":  # else made at the first call, of the kind that suits the device
+        sampler.blocks = {guided: StaticBlock(gpt, ROWS, guided) for guided in (False, True)}
+        sampler.sizes = (ROWS,)
+    return sampler
+
+
+@settings(deadline=None, max_examples=20)
+@given(kind=st.sampled_from(["block", "static", "packed"]), count=st.integers(1, 19),
+       seed=st.integers(0, 10**6), guidance=st.sampled_from([1.0, 2.5]),
+       share=st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+def test_forced_codes_are_written_and_steer_the_others(gpt, kind, count, seed, guidance, share):
+    generator = torch.Generator().manual_seed(seed)
+    sampler, drawn = sampler_of(kind, gpt), PLAIN | {"guidance": guidance}
+    embeddings = F.normalize(torch.randn(count, 32, generator=generator), dim=1)
+    seeds = range(seed, seed + count)
+    codes = torch.randint(64, (count, 16), generator=generator)
+    forced = codes.where(torch.rand(count, 16, generator=generator) < share, -1)
+    free = sampler.sample(embeddings, seeds, **drawn)
+    made = sampler.sample(embeddings, seeds, **drawn, forced=forced)
+    assert torch.equal(made[forced >= 0], forced[forced >= 0])
+    if share == 0:
+        assert torch.equal(made, free)
+    if share == 1:
+        assert torch.equal(made, codes)
+    # The codes drawn before the first forced one know nothing of it.
+    before = (forced >= 0).cumsum(1) == 0
+    assert torch.equal(made[before], free[before])
+    # What is made is what the same codes, forced one after the other, make of the next one.
+    again = made.where(torch.arange(16) < 9, forced)
+    assert torch.equal(sampler.sample(embeddings, seeds, **drawn, forced=again), made)
+    # A row stands alone, and leaves nothing behind.
+    alone = sampler.sample(embeddings[-1:], seeds[-1:], **drawn, forced=forced[-1:])
+    assert torch.equal(alone[0], made[-1])
+    assert torch.equal(sampler.sample(embeddings, seeds, **drawn), free)
+
+
+@pytest.mark.parametrize("kind", ["block", "static"])
+def test_a_negative_takes_the_null_embeddings_place(gpt, kind):
+    embeddings, negative = F.normalize(torch.randn(3, 32), dim=1).split([2, 1])
+    argmax = PLAIN | {"temperature": 0, "guidance": 4.0}
+    codes = sampler_of(kind, gpt).sample(embeddings, [0, 1], **argmax, negative=negative[0])
+    with torch.no_grad():
+        away = gpt(negative.expand(2, -1), codes[:, :-1])
+        logits = away + 4 * (gpt(embeddings, codes[:, :-1]) - away)
+    assert torch.equal(logits.argmax(2), codes)
+    same = sampler_of(kind, gpt).sample(embeddings, [0, 1], **argmax,
+                                        negative=gpt.null_embedding.detach())
+    assert torch.equal(same, sampler_of(kind, gpt).sample(embeddings, [0, 1], **argmax))
+
+
+def test_a_negative_needs_no_null_embedding():
+    e = F.normalize(torch.randn(2, 32), dim=1)
+    codes = Sampler(micro_gpt()).sample(e[:1], [0], **PLAIN | {"guidance": 3.0}, negative=e[1])
+    assert codes.shape == (1, 16)
+
+
+def test_progress_counts_every_code_once(gpt):
+    seen = []
+    Sampler(gpt).sample(torch.zeros(19, 32), range(19), **PLAIN,
+                        progress=lambda *counts: seen.append(counts))
+    assert len(seen) == 2 * 16 and seen == sorted(seen)
+    assert {total for _, total in seen} == {19 * 16} and seen[-1][0] == 19 * 16
+
+
+@pytest.mark.parametrize("forced, words", [
+    (torch.zeros(2, 16), "forced codes must be whole numbers, got torch.float32"),
+    (torch.zeros(2, 16, dtype=torch.bool), "whole numbers, got torch.bool"),
+    (torch.zeros(2, 15, dtype=torch.int64), r"shape \(2, 16\), got \(2, 15\)"),
+    (torch.full((2, 16), 64), "between 0 and 63, or be -1 where free, got 64"),
+    (torch.full((2, 16), -2), "got -2")])
+def test_forced_codes_that_cannot_be_are_named(gpt, forced, words):
+    with pytest.raises(ValueError, match=words):
+        Sampler(gpt).sample(torch.zeros(2, 32), [0, 1], **PLAIN, forced=forced)
+    with pytest.raises(ValueError, match=r"negative must have shape \(32,\), got \(1, 32\)"):
+        Sampler(gpt).sample(torch.zeros(1, 32), [0], **PLAIN, negative=torch.zeros(1, 32))
