@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipgen.gpt import GPT, NEIGHBOURS, GPTConfig, KVCache, neighbour_places, squared_relu
-from scripts import train_gpt
-from scripts.training.gpt import NEW, make_gpt
+from scripts.training.cli import parse_settings
+from scripts.training.gpt import NEW, GPTSettings, make_gpt
 from tests.micro import micro_gpt
 
 ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
@@ -88,8 +88,8 @@ SHARDS = SimpleNamespace(manifest={"codebook_size": 8}, length=16, embedding_dim
 
 
 def settings_with(*flags):
-    return train_gpt.parse(["shards", "--run", "run", "--layers", "1", "--width", "8", "--heads",
-                            "1", *flags])
+    return parse_settings(GPTSettings, ["shards", "--run", "run", "--layers", "1", "--width", "8",
+                                        "--heads", "1", *flags], "")
 
 
 def test_flags_make_the_published_gpt_or_more():
@@ -110,7 +110,8 @@ def test_flags_that_cannot_be_are_one_sentence(monkeypatch, capsys):
         make_gpt(settings_with("--neighbours", "6"), SHARDS)
     given = GPT(GPTConfig(1, 8, 1, 8, 16, 8))
     monkeypatch.setattr("scripts.training.gpt.load_gpt", lambda source: given)
-    settings_ = train_gpt.parse(["shards", "--run", "run", "--from", "x", "--squared-relu", "yes"])
+    settings_ = parse_settings(GPTSettings, ["shards", "--run", "run", "--from", "x",
+                                             "--squared-relu", "yes"], "")
     with pytest.raises(ValueError, match="--squared-relu yes is not that of x, no: leave "
                                          "--squared-relu out"):
         make_gpt(settings_, SHARDS)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from scripts import benchmark
 from scripts.benchmarks import speedrun
 from scripts.data import shards
+from tests.micro import micro_bundle
 
 
 class Learner:
@@ -85,21 +87,42 @@ def write_shards(directory):
                                       "embedding_dim": 32, "parts": parts})
 
 
+def race(tmp_path, capsys, kind, source, small, *flags):
+    """The result of a race between two such recipes, of which the second one's rate is lower."""
+    for name, more in ("against", []), ("new", ["--lr=1e-4"]):
+        (tmp_path / f"{name}.json").write_text(json.dumps({kind: [*small, *more]}))
+    benchmark.main(["speedrun", kind, str(source), "--minutes", "0.02", "--points", "2",
+                    "--against", str(tmp_path / "against.json"),
+                    "--recipe", str(tmp_path / "new.json"), "--plot", str(tmp_path / "plot.png"),
+                    *flags])
+    out, err = capsys.readouterr()
+    assert "is reached" in err
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads(out.splitlines()[-1])
+    assert [len(curve) for curve in data["curves"].values()] == [3, 3]
+    for name in data["ratios"]:
+        assert all(math.isfinite(p[name]) for c in data["curves"].values() for p in c)
+    return data
+
+
 @pytest.mark.slow
-def test_two_recipes_race_for_a_moment(tmp_path, capsys):
+def test_two_vqgans_race_for_a_moment(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    data = race(tmp_path, capsys, "vqgan", tmp_path / "images",
+                ["--size=16", "--channels=8,8", "--patch=1", "--codebook-size=16", "--batch=2",
+                 "--held-out=0.3"], "--clip", str(micro_bundle(tmp_path / "bundle")))
+    assert set(data["ratios"]) == {"psnr_db", "perceptual"}
+
+
+@pytest.mark.slow
+def test_two_gpts_race_for_a_moment(tmp_path, capsys):
     directory = tmp_path / "shards"
     directory.mkdir()
     write_shards(directory)
-    small = ["--layers=1", "--width=16", "--heads=2", "--batch=2"]
-    for name, more in ("against", ["--neighbours=0", "--modulated=no"]), ("new", []):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"gpt": [*small, *more]}))
-    benchmark.main(["speedrun", "gpt", str(directory), "--minutes", "0.02", "--points", "2",
-                    "--against", str(tmp_path / "against.json"),
-                    "--recipe", str(tmp_path / "new.json"), "--plot", str(tmp_path / "plot.png")])
-    out, err = capsys.readouterr()
-    data = json.loads(out.splitlines()[-1])
-    assert [len(curve) for curve in data["curves"].values()] == [3, 3]
-    assert all(math.isfinite(p["token_ce"]) for c in data["curves"].values() for p in c)
+    data = race(tmp_path, capsys, "gpt", directory,
+                ["--layers=1", "--width=16", "--heads=2", "--batch=2"])
     assert set(data["ratios"]) == {"token_ce", "token_ce_text"}
-    assert "is reached" in err
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
