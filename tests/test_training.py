@@ -14,7 +14,7 @@ from clipgen import ClipGen
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import train_clip, train_vqgan
 from scripts.data.presets import open_images
-from scripts.evaluation.scores import entropy, psnr, ssim
+from scripts.evaluation.metrics import entropy, psnr, ssim
 from scripts.training.gpt import perturbation
 from scripts.training.loading import CODES, fingerprint, load_vqgan
 from scripts.training.losses import Discriminator, EmbeddingReconstruction, centre

@@ -40,7 +40,7 @@ from clipgen.clip import CLIP, CLIPConfig
 from clipgen.device import default_dtype
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts.benchmark import settle
+from scripts.benchmarks.device import settle
 from scripts.data import shards
 from scripts.training.cli import positive
 from scripts.training.gpt import (

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 
 from clipgen import ClipGen
-from scripts import evaluate
 from scripts.data.files import write_text
 from scripts.emoji.judge import draw_labelled, load_judge, share
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import OBJECTS
 from scripts.evaluation import metrics
 from scripts.evaluation.report import print_named
+from scripts.evaluation.scores import sample
 from scripts.training.bundling import BundleSettings, make_bundle
 from scripts.training.cli import number, one_sentence, positive
 from scripts.training.encoding import EncodeSettings, encode_images
@@ -113,11 +113,10 @@ def measure(bundle: Path, a: argparse.Namespace, candidates: int = 1,
     model, judge = ClipGen.load(bundle), load_judge()
     labels = held_out_labels(a.prompts, a.objects, 0)
     texts = texts_of(labels, 0)
-    evaluate.check_texts(model, texts, world=True)
     settings = asdict(model.sampling) | sampling
-    images, _, seconds = evaluate.sample(model, texts, 0, candidates, settings)
+    images, _, seconds = sample(model, texts, 0, candidates, settings)
     originals, others = (draw_labelled(labels, SIZE, [0, k]) for k in (5, 7))
-    of_images, *_ = evaluate.sample(model, originals, 1, candidates, settings)
+    of_images, *_ = sample(model, originals, 1, candidates, settings)
 
     def right(made: torch.Tensor) -> float:
         return share(judge.right(made.float() / 255, labels)["objects"])

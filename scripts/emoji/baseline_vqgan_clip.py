@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from clipgen import ClipGen
 from clipgen.pipeline import to_image
-from scripts import evaluate
 from scripts.emoji.judge import Judge, draw_labelled, load_judge, share
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import Labels
 from scripts.evaluation import metrics
 from scripts.evaluation.figures import sheet
 from scripts.evaluation.report import print_named
+from scripts.evaluation.scores import fit, sample, unknown_words
 from scripts.training.cli import number, positive, seed
 from scripts.training.losses import centre
 
@@ -84,9 +84,9 @@ def scores(model: ClipGen, judge: Judge, images: Tensor, texts: list[str], label
            real: Tensor) -> dict[str, float]:
     right = judge.right(images.float() / 255, labels)
     a, b = (judge.embed(x.float() / 255).numpy() for x in (images, real))
-    fit = evaluate.fit(model.clip, images, texts, 0)
+    near = fit(model.clip, images, texts, 0)
     return {"object_right": share(right["objects"]), "place_right": share(right["place"]),
-            "time_right": share(right["time"]), "clip_score": fit["clip_score"],
+            "time_right": share(right["time"]), "clip_score": near["clip_score"],
             "frechet_distance": metrics.frechet_distance(a, b), "mmd": metrics.mmd(a, b)}
 
 
@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None) -> dict:
         model, judge = ClipGen.load(a.bundle), load_judge()
         labels = held_out_labels(a.prompts, len(judge.objects), a.seed)
         texts = texts_of(labels, a.seed)
-        evaluate.check_texts(model, texts, world=True)
+        if unknown := unknown_words(model, texts):
+            raise ValueError("this bundle was not trained on the world of the default one, its "
+                             f"CLIP never saw {unknown[0]!r}: give weights/emoji")
         real = draw_labelled(labels, model.vqgan.config.image_size, [a.seed, 7])
     except ValueError as error:
         raise SystemExit(str(error)) from None
@@ -116,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict:
     made, results = {}, {}
     for candidates in (1, 16):
         name = f"CLIP-GEN, best of {candidates}"
-        made[name], _, seconds = evaluate.sample(model, texts, a.seed, candidates,
+        made[name], _, seconds = sample(model, texts, a.seed, candidates,
                                                  asdict(model.sampling))
         results[name] = {"seconds_per_image": seconds / len(texts)}
     name, began, parts = f"VQGAN-CLIP, {a.steps} steps", time.perf_counter(), []

@@ -13,7 +13,22 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, Field, field, fields
-from typing import Any
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"clipgen: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def device(text: str) -> str:
+    """An argparse type: the name of a device, be it here or not."""
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -46,6 +61,21 @@ def duration(text: str) -> float:
     if seconds <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no time above 0")
     return seconds
+
+
+ANSWERS = {"yes": True, "no": False}
+
+
+def answer(text: str) -> bool:
+    """True of yes, False of no; for settings that are neither where they are not given."""
+    if text not in ANSWERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not yes or no")
+    return ANSWERS[text]
+
+
+def said(value: bool) -> str:
+    """The text of which `answer` makes the value."""
+    return "yes" if value else "no"
 
 
 def setting(default: Any = MISSING, help: str = "", *, type: Callable[[str], Any] | None = None,

@@ -20,8 +20,8 @@ from scripts.data.files import sha256
 from scripts.data.shards import Shards, read_shards
 from scripts.data.transforms import order
 from scripts.evaluation.figures import grid
-from scripts.evaluation.scores import entropy
-from scripts.training.cli import amount, positive, setting, share, whole
+from scripts.evaluation.metrics import entropy
+from scripts.training.cli import amount, answer, positive, said, setting, share, whole
 from scripts.training.loading import CODES, fingerprint, load_clip, load_gpt, load_vqgan
 from scripts.training.losses import EmbeddingReconstruction, centre
 from scripts.training.optim import adamw, muon
@@ -30,7 +30,9 @@ from scripts.training.settings import RunSettings
 from scripts.training.trainer import Part, generator, train
 
 OPTIMIZERS = {"muon": muon, "adamw": adamw}
-NEW = {"layers": 6, "width": 256, "heads": 4}  # sizes of a new GPT
+# Of a new GPT, how large it is and what it has beyond the published one (docs/speed.md).
+NEW = {"layers": 6, "width": 256, "heads": 4, "neighbours": 5, "modulated": True,
+       "squared_relu": True}
 # Dense bf16 operations a second, in units of 1e12, from the makers' data sheets; the first name
 # that occurs in the device's counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L4": 121,
@@ -47,6 +49,12 @@ class GPTSettings(RunSettings):
     layers: int | None = setting(None, f"({NEW['layers']}, or that of --from)", type=positive)
     width: int | None = setting(None, f"({NEW['width']}, or that of --from)", type=positive)
     heads: int | None = setting(None, f"({NEW['heads']}, or that of --from)", type=positive)
+    neighbours: int | None = setting(None, "how many codes above and beside the one that is "
+                                     f"forecast are inputs too ({NEW['neighbours']})", type=whole)
+    modulated: bool | None = setting(None, "the condition scales and shifts in every block "
+                                     f"({said(NEW['modulated'])})", type=answer)
+    squared_relu: bool | None = setting(None, "instead of GELU "
+                                        f"({said(NEW['squared_relu'])})", type=answer)
     start_from: str | None = setting(None, "go on from the GPT of a bundle or run", flag="from",
                                      metavar="BUNDLE", free=True)
     batch: int = setting(64, "of each process", type=positive)
@@ -272,19 +280,23 @@ def make_gpt(settings: GPTSettings, data: Shards) -> GPT:
             "embedding_dim": data.embedding_dim}
     if not settings.start_from:
         try:
-            sizes = {name: getattr(settings, name) or value for name, value in NEW.items()}
+            sizes = {name: value if getattr(settings, name) is None else getattr(settings, name)
+                     for name, value in NEW.items()}
             gpt = GPT(GPTConfig(**sizes, **fits,
                                 null_embedding=settings.drop_condition > 0))
         except ValueError as error:
-            raise ValueError(f"{error}: give other --width and --heads") from None
+            remedy = "" if "give" in str(error) else ": give other --width and --heads"
+            raise ValueError(f"{error}{remedy}") from None
         gpt.initialise()
         return gpt
     given = load_gpt(settings.start_from)
     for name in NEW:
         if getattr(settings, name) not in (None, getattr(given.config, name)):
-            raise ValueError(f"--{name} {getattr(settings, name)} is not that of "
-                             f"{settings.start_from}, {getattr(given.config, name)}: leave "
-                             f"--{name} out")
+            flag = f"--{name.replace('_', '-')}"
+            other, own = (said(value) if isinstance(value, bool) else value
+                          for value in (getattr(settings, name), getattr(given.config, name)))
+            raise ValueError(f"{flag} {other} is not that of {settings.start_from}, {own}: leave "
+                             f"{flag} out")
     for name, value in fits.items():
         if getattr(given.config, name) != value:
             raise ValueError(f"the GPT of {settings.start_from} has the {name} "

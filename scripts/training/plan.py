@@ -13,6 +13,11 @@ from scripts.training.loading import load_vqgan
 SHORT = 1200  # seconds on a CPU too few for a GAN to help
 LOOKED_AT = 33  # images whose size and brightness are looked at
 DARK = 64  # of 255
+# On a CPU.  Small batches at a high rate learn more in short runs (docs/speed.md, notes on
+# learning); what they are worth in long ones was not measured.
+CPU_GPT = {"layers": 6, "width": 192, "heads": 6, "batch": 8, "lr": 6e-3}
+LONG = 7200  # seconds from which they are not taken
+LARGE_BATCH = {"batch": 32, "lr": 2e-3}
 
 # Pixels a side, settings of the VQGAN's training, settings of the GPT's.
 Sizes = tuple[int, dict[str, Any], dict[str, Any]]
@@ -55,7 +60,7 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
         vqgan |= {"batch": 4, "lr": 2e-3, "patch": 2 ** min(2, halvings)}
         halvings -= min(2, halvings)  # what is left to the levels
         widths, codebook = (64, 128) if halvings else (128,), 1024
-        gpt = {"layers": 6, "width": 192, "heads": 6, "batch": 32, "lr": 2e-3}
+        gpt = CPU_GPT | ({} if seconds < LONG else LARGE_BATCH)
         if seconds < SHORT:
             vqgan["gan"] = 0
     widths = (widths + widths[-1:] * halvings)[:halvings + 1]

@@ -32,6 +32,7 @@ from scripts.data.shards import read_shards
 from scripts.data.transforms import least_side
 from scripts.evaluation.figures import curves_of, plot
 from scripts.evaluation.report import write_card
+from scripts.evaluation.scores import EvaluationSettings, evaluate, load_model, save_sheet
 from scripts.training.bundling import BundleSettings, make_bundle
 from scripts.training.cli import duration, positive, scale, seed, setting, share, whole
 from scripts.training.encoding import EncodeSettings, encode_images
@@ -261,19 +262,15 @@ class Stages:
         if len(indices) < 2:
             print("one held-out image is too few to compare samples with", file=sys.stderr)
             return {}
+        texts = [held.captions(i)[0] for i in indices if held.captions(i)]
         with tempfile.TemporaryDirectory() as folder:
             for i, view in zip(indices, views, strict=True):
                 to_image(view.float() / 255).save(Path(folder, f"{i:06d}.png"))
-            flags = ["--images", folder, "--sheet", str(s.run / "sheet.png"), "--candidates", "1",
-                     "--features", "clip"]
-            texts = [held.captions(i)[0] for i in indices if held.captions(i)]
-            if len(texts) > 1:
-                prompts = s.run / "prompts.txt"
-                prompts.write_text("\n".join(texts) + "\n", encoding="utf-8")
-                flags += ["--prompts", str(prompts)]
-            from scripts import evaluate
-
-            scores = evaluate.evaluate(evaluate.parse_arguments([str(s.out), *flags]))
+            evaluation = EvaluationSettings(bundle=s.out, images=folder, candidates=1,
+                                            features="clip")
+            found = evaluate(evaluation, load_model(evaluation), texts if len(texts) > 1 else [])
+        save_sheet(s.run / "sheet.png", found, texts if len(texts) > 1 else [])
+        scores = found.result
         names = ("clip_score", "clip_i", "retrieval_r1", "frechet_distance", "features", "n_real",
                  "n_generated", "independent", "seconds_per_image")
         return {k: scores[k] for k in names if scores.get(k) is not None}
