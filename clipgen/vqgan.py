@@ -29,6 +29,7 @@ class VQGANConfig:
     l2_normalised: bool  # compare unit vectors (ViT-VQGAN, arXiv 2110.04627)
     norm_groups: int = 32  # of GroupNorm; 0: no normalisation, which learns much faster at first
     patch: int = 1  # pixels a side of a place of the first level
+    middle_attention: bool = True  # self-attention where the resolution is least
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -115,8 +116,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels, groups), Attention(channels, groups),
+def middle(channels: int, config: VQGANConfig) -> nn.Sequential:
+    groups = config.norm_groups
+    attention = [Attention(channels, groups)] if config.middle_attention else []
+    return nn.Sequential(ResBlock(channels, channels, groups), *attention,
                          ResBlock(channels, channels, groups))
 
 
@@ -140,7 +143,7 @@ class Encoder(nn.Module):
                 down.append(Downsample(channels))
                 size //= 2
         self.down = nn.Sequential(*down)
-        self.mid = middle(channels, groups)
+        self.mid = middle(channels, config)
         self.final = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                    nn.Conv2d(channels, config.code_dim, 3, padding=1),
                                    nn.Conv2d(config.code_dim, config.code_dim, 1))
@@ -159,7 +162,7 @@ class Decoder(nn.Module):
         groups = config.norm_groups
         self.quant_conv_in = nn.Conv2d(config.code_dim, config.code_dim, 1)
         self.conv_in = nn.Conv2d(config.code_dim, channels, 3, padding=1)
-        self.mid = middle(channels, groups)
+        self.mid = middle(channels, config)
         up: list[nn.Module] = []
         for level, width in enumerate(levels):
             for _ in range(config.blocks_per_level + 1):

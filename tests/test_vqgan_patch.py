@@ -1,6 +1,7 @@
-"""A VQGAN whose first places are patches of pixels: `VQGANConfig.patch`."""
+"""What a VQGAN may have or lack by config: patches of pixels, attention in the middle."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,8 +42,9 @@ def test_no_layer_runs_at_full_resolution():
     assert max(sides) == 8 and min(sides) == 4
 
 
-def test_gradients_reach_all_weights():
-    vqgan = VQGAN(VQGANConfig(**SIZES | {"patch": 2}))
+@pytest.mark.parametrize("attention", [False, True])
+def test_gradients_reach_all_weights(attention):
+    vqgan = VQGAN(VQGANConfig(**SIZES | {"patch": 2, "middle_attention": attention}))
     pixels = torch.rand(2, 3, 32, 32)
     result, _, _, loss = vqgan_training.Autoencoder(vqgan, 0.25)(pixels, True)
     (F.mse_loss(result, pixels) + loss).backward()
@@ -60,8 +62,22 @@ def test_every_pixel_of_a_patch_is_drawn_by_itself():
     torch.testing.assert_close(raw[0], square.repeat(1, 8, 8))
 
 
+def test_without_attention_a_place_does_not_see_the_far_end():
+    codes = torch.zeros(1, 40, 40, dtype=torch.long)
+    other = codes.clone()
+    other[0, -1, -1] = 1
+    for attention in False, True:
+        torch.manual_seed(0)
+        config = VQGANConfig(**SIZES | {"image_size": 80, "middle_attention": attention})
+        vqgan = VQGAN(config).eval().double()
+        with torch.no_grad():
+            change = (vqgan.decode_raw(codes) - vqgan.decode_raw(other)).abs()
+        assert change[..., -2:, -2:].max() > 1e-4
+        assert (change[..., :2, :2].max() > 0) == attention
+
+
 def test_a_bundle_keeps_its_patch_and_an_older_one_has_none(tmp_path):
-    vqgan = VQGAN(VQGANConfig(**SIZES | {"patch": 2})).eval()
+    vqgan = VQGAN(VQGANConfig(**SIZES | {"patch": 2, "middle_attention": False})).eval()
     save_bundle(tmp_path / "new", clip=micro_clip(["a"]), vqgan=vqgan,
                 gpt=micro_gpt(codebook_size=16, block_size=64), sampling=SamplingDefaults(),
                 trained_on={}, dtype=torch.float32)
@@ -70,9 +86,12 @@ def test_a_bundle_keeps_its_patch_and_an_older_one_has_none(tmp_path):
     assert torch.equal(loaded.encode(pixels), vqgan.encode(pixels))
     config = micro_bundle(tmp_path / "old") / "config.json"
     text = json.loads(config.read_text())
-    del text["vqgan"]["patch"]
+    before = load_vqgan(tmp_path / "old")
+    del text["vqgan"]["patch"], text["vqgan"]["middle_attention"]
     config.write_text(json.dumps(text))
-    assert load_vqgan(tmp_path / "old").config.patch == 1
+    after = load_vqgan(tmp_path / "old")
+    assert after.config == replace(before.config, patch=1, middle_attention=True)
+    assert torch.equal(after.encode(pixels), before.encode(pixels))
 
 
 @pytest.mark.parametrize("change, words", [

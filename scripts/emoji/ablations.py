@@ -65,7 +65,7 @@ SAMPLING = [*({"guidance": g} for g in (1.5, 2.5, 4.0, 6.0)),
             *({"guidance": 2.5, "top_p": 0.95, "candidates": n} for n in (4, 16, 64))]
 SIZE, CODES = 64, 1024
 VQGAN = {"size": SIZE, "channels": "32,64,64,128", "codebook_size": CODES, "batch": 8, "gan": 0.0,
-         "optimizer": "adamw"}
+         "optimizer": "adamw", "middle_attention": True}
 GPT = {"layers": 4, "width": 128, "heads": 4, "batch": 32, "lr": 2e-3, "optimizer": "adamw"}
 EXACT = {"scale": 1.0, "flip": False}  # a scene is seen as it was drawn
 

@@ -75,7 +75,7 @@ PRESETS = {
         "size=128", 400_000,
         clip={"size": 128, "batch": 512, **FAST},
         vqgan={"size": 128, "channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
-               "lr": 5e-4, "optimizer": "adamw", **FAST},
+               "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
         encode={"workers": 14},
         gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
              "dtype": "bfloat16"},

@@ -54,8 +54,8 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
                          (12, 768) if len(images) < 200_000 else (24, 1024))
         gpt = {"layers": layers, "width": width, "heads": width // 64, "batch": 64,
                "lr": 5e-4}
-        # Patches and Muon are measured on a CPU alone.
-        vqgan |= {"batch": 16, "lr": 5e-4, "optimizer": "adamw"}
+        # Patches, Muon and a middle without attention are measured on a CPU alone.
+        vqgan |= {"batch": 16, "lr": 5e-4, "optimizer": "adamw", "middle_attention": True}
     else:
         vqgan |= {"batch": 4, "lr": 2e-3, "patch": 2 ** min(2, halvings)}
         halvings -= min(2, halvings)  # what is left to the levels

@@ -62,6 +62,7 @@ class VQGANSettings(RunSettings):
     blocks: int | None = setting(None, f"residual blocks a level ({NEW['blocks']})", type=positive)
     attention: str | None = setting(None, "sizes in pixels that get self-attention, as in 16,32 "
                                     "(none)")
+    middle_attention: bool = setting(False, "self-attention where the resolution is least")
     codebook_size: int | None = setting(None, f"({NEW['codebook_size']})", type=positive)
     code_dim: int | None = setting(None, f"({NEW['code_dim']})", type=positive)
     unnormalised: bool = setting(False, "codes of any length, not of unit length")
@@ -333,7 +334,8 @@ def make_vqgan(settings: VQGANSettings) -> VQGAN:
                                for name in ("channels", "attention"))
         vqgan = VQGAN(VQGANConfig(
             image_size=size, channels=channels, attention_sizes=attention,
-            blocks_per_level=given.pop("blocks"), l2_normalised=not settings.unnormalised, **given))
+            middle_attention=settings.middle_attention, l2_normalised=not settings.unnormalised,
+            blocks_per_level=given.pop("blocks"), **given))
         vqgan.initialise()
         return vqgan
     except ValueError as error:
