@@ -133,7 +133,7 @@ def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "emoji_sprites", lambda: sprites)
     monkeypatch.setattr(judge, "emoji_sprites", lambda: sprites)
     with pytest.raises(SystemExit, match="judge gets fewer than 99 %"):
-        emoji_evaluate.main([str(bundle), "--prompts", "5", "--candidates", "2", "--device", "cpu",
+        emoji_evaluate.main([str(bundle), "--prompts", "5", "--candidates", "4", "--device", "cpu",
                              "--sheet", str(tmp_path / "a" / "sheet.png")])
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
@@ -142,7 +142,7 @@ def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
                  "time_right", "both_objects_right", "object_right_unseen_pairs",
                  "object_right_seen_pairs", "codebook_usage"):
         assert 0 <= result[name] <= 1
-    assert result["judge_on_renders"] < 0.99 and result["candidates"] == 2
+    assert result["judge_on_renders"] < 0.99 and result["candidates"] == 4
     assert result["text_over_image"] >= 0 and 0 < result["psnr_db"] < 30
     assert result["frechet_ratio"] == pytest.approx(
         result["judge_frechet"] / result["judge_frechet_of_copies"], rel=1e-3)

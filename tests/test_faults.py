@@ -1,6 +1,7 @@
 """Trainings that are killed, stopped, spoilt or out of disk: nothing is lost, and it is said.
 
-Real processes; what a run that went on makes is compared, bit for bit, with an uninterrupted one's.
+What is killed or stopped is a real process; what a run that went on makes is compared, bit for bit,
+with an uninterrupted one's.
 """
 
 import errno
@@ -109,7 +110,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(script, kills, see
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not list(command[2].glob("*.safetensors"))
-    printed = train(*command)
+    printed = json.loads(end(begin(*command))[0].splitlines()[-1])
     assert weights(command[2]) == weights(whole(script)[0])
     measured = {"codes_per_second", "memory_gb"}
     assert ({k: v for k, v in printed.items() if k not in measured}
