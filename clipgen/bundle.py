@@ -81,6 +81,7 @@ class Bundle:
     sampling: SamplingDefaults
     trained_on: dict[str, Any]
     directory: Path
+    fingerprint: str = ""  # 16 hexadecimal digits: two bundles with one draw the same images
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu",
                      config.sampling)
     refuse_other_files(directory)
     return Bundle(*_load(directory, config, tuple(PARTS), device, dtype), config.sampling,
-                  config.trained_on, directory)
+                  config.trained_on, directory, _fingerprint(config))
 
 
 def load_clip(directory: str | Path, device: str | torch.device = "cpu") -> CLIP:
@@ -315,6 +316,12 @@ def _load_part(directory: Path, config: Config, part: str, digest: Future[str],
     if part == "clip":
         whole.rebuild_buffers()
     return _ready(whole)
+
+
+def _fingerprint(config: Config) -> str:
+    counts = {"clip": asdict(config.clip), "vqgan": asdict(config.vqgan), "gpt": asdict(config.gpt),
+              "files": {name: entry["sha256"] for name, entry in config.files.items()}}
+    return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _build(directory: Path, kind: type, config: Any) -> Any:

@@ -18,20 +18,23 @@ SOURCES = [*CLIPGEN, *SCRIPTS, ROOT / "predict.py"]
 
 # Arrows within clipgen/. `bundle` makes the modules of the parts, so it knows the parts.
 ARROWS = {
-    "__init__": {"device", "pipeline"},
-    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device", "images"},
+    "__init__": {"device", "pipeline", "recipe"},
+    "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device", "images", "canvas",
+                 "recipe"},
+    "canvas": {"sampling"},
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
     "packed": {"gpt"},
     "clip": set(),
     "device": set(),
     "images": set(),
+    "recipe": set(),
     "gpt": set(),
     "vqgan": set(),
 }
 # What each file may import beside torch, numpy and the standard library.
 PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"},
-            "pipeline": {"PIL"}}
+            "recipe": {"PIL"}, "pipeline": {"PIL"}}
 
 
 def imports(path: Path) -> set[str]:

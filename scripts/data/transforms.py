@@ -19,20 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scripts.data.images import Images, UnreadableImage
+from clipgen.images import UnreadableImage, centre_square, square
+from scripts.data.images import Images
 
 MOST_TRIES = 1000  # unreadable images in a row, after which something else must be wrong
 ORDER, VIEW = 0, 1  # separate the random streams of one seed
-
-
-def _square(image: Image.Image, left: int, top: int, side: int, size: int) -> np.ndarray:
-    """uint8 (size, size, 3) of the square; antialiased, untouched where side is size."""
-    box = (left, top, left + side, top + side)
-    if side != size:  # first to at least 3 times the size by whole factors: as good, much faster
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    elif image.size != (size, size):
-        image = image.crop(box)
-    return np.asarray(image)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
@@ -41,9 +32,7 @@ def _tensor(pixels: np.ndarray) -> Tensor:
 
 def centre_view(image: Image.Image, size: int) -> Tensor:
     """The centre square of an RGB image, scaled: uint8 (3, size, size)."""
-    side = min(image.size)
-    return _tensor(_square(image, (image.width - side) // 2, (image.height - side) // 2, side,
-                           size))
+    return _tensor(centre_square(image, size))
 
 
 def random_view(image: Image.Image, size: int, rng: np.random.Generator, scale: float = 0.85,
@@ -57,7 +46,7 @@ def random_view(image: Image.Image, size: int, rng: np.random.Generator, scale: 
     shorter = min(image.size)
     side = max(1, round(shorter * (scale + (1 - scale) * u_side)))
     left, top = int(u_left * (image.width - side + 1)), int(u_top * (image.height - side + 1))
-    pixels = _square(image, left, top, side, size)
+    pixels = square(image, left, top, side, size)
     return _tensor(pixels[:, ::-1] if flip and u_flip < 0.5 else pixels)
 
 
