@@ -38,7 +38,8 @@ PARTS = {"clip": CLIP, "vqgan": VQGAN, "gpt": GPT}
 FILES = {part: f"{part}.safetensors" for part in PARTS}
 # Keys that came after the first bundles were written, and what those bundles mean.
 ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
-         "vqgan": {"norm_groups": 32}}
+         "vqgan": {"norm_groups": 32, "patch": 1, "middle_attention": True},
+         "gpt": {"neighbours": 0, "modulated": False, "squared_relu": False}}
 AGAIN = "copy or download the bundle again, or make it anew"
 
 

@@ -2,7 +2,7 @@
 
 So packed, a row of the product need not depend on the rows beside it, to the last bit, as it does
 with nn.Linear: `rows_agree` looks, and where it is so few images cost less than many.  The
-operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantised modules,
+operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantized modules,
 are private: this file alone knows them, and without oneDNN's everything runs as it does elsewhere.
 docs/speed.md has the figures.
 """
@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.gpt import LinearGELU
+from clipgen.gpt import LinearGELU, LinearSquaredReLU, squared_relu
+
+# What oneDNN does with the products before it writes them.
+ACTIVATED = {LinearGELU: ("gelu", [], "none"), LinearSquaredReLU: ("relu", [], "")}
 
 
 class PackedLinear(nn.Module):
@@ -30,12 +33,15 @@ class PackedLinear(nn.Module):
         with torch.no_grad():
             self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
         self._bias = linear.bias.detach()
-        self._then = ("gelu", [], "none") if isinstance(linear, LinearGELU) else ("none", [], "")
+        self._then = next((then for activated, then in ACTIVATED.items()
+                           if isinstance(linear, activated)), ("none", [], ""))
+        self._squared = isinstance(linear, LinearSquaredReLU)
         # All that the operator's way of computing can depend on.
         self.kind = type(linear), *linear.weight.shape, linear.weight.dtype, rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._then)
+        y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._then)
+        return y.square_() if self._squared else y
 
 
 class Int8Linear(nn.Module):
@@ -55,7 +61,8 @@ class Int8Linear(nn.Module):
             bytes_ = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
             self._weight = torch.ops.quantized.linear_prepack(bytes_, None)
             self._bias = linear.bias.detach().float()
-        self._then = F.gelu if isinstance(linear, LinearGELU) else nn.Identity()
+        self._then = (F.gelu if isinstance(linear, LinearGELU) else squared_relu
+                      if isinstance(linear, LinearSquaredReLU) else nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)

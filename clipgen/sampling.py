@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clipgen.gpt import GPT, KVCache
+from clipgen.gpt import GPT, KVCache, neighbour_places
 from clipgen.packed import packed, rounded, rows_agree
 
 # Matrix products round differently for different row counts.  With one size for every block, an
@@ -231,9 +231,17 @@ class Block:
         self.cache = KVCache(config, both, like.device, like.dtype)
         self.x = like.new_zeros(both, config.width)  # the embedding of the last code
         self.uniforms = torch.zeros(rows, config.block_size, device=like.device)
-        self.codes = torch.zeros_like(self.uniforms, dtype=torch.int64)
+        # The last column is what a neighbour outside the image looks at.
+        self.padded = torch.full((rows, config.block_size + 1), config.codebook_size,
+                                 device=like.device)
+        self.codes = self.padded[:, :-1]
         self.forced = torch.full_like(self.codes, FREE)
         self.forcing = False  # whether the step looks at them
+        self.places = neighbour_places(config, like.device) if config.neighbours else None
+        self.modulation = self.modulations = None
+        if config.modulated:
+            self.modulation = like.new_zeros(config.layers, 4, both, config.width)
+            self.modulations = [own.unbind() for own in self.modulation.unbind()]
         self.largest = torch.zeros((), device=like.device)  # of all logits; keeps NaN and infinity
         self.settings = Settings(1.0, 0, 1.0, 1.0)
 
@@ -254,7 +262,9 @@ class Block:
         if forced is not None:
             self.forced[:len(forced)].copy_(forced)
         self.forcing = forced is not None
-        self.x.copy_(self.gpt.condition(embeddings))
+        self.x.copy_(condition := self.gpt.condition(embeddings))
+        if self.modulation is not None:
+            self.modulation.copy_(self.gpt.modulate(condition))
         self.uniforms.copy_(uniforms)
         self.cache.position.zero_()
         self.largest.zero_()
@@ -268,7 +278,7 @@ class Block:
         """One step over the buffers, reading the cache as `KVCache.look_at` says; never waits."""
         gpt, at, own = self.gpt, self.cache.position, self.settings
         self.cache.look_at(prefix, exact)
-        logits = gpt.step(self.x, self.cache).float()
+        logits = gpt.step(self.x, self.cache, self.modulations).float()
         low, high = logits.aminmax()  # no copy of all logits, as abs() would be
         self.largest.copy_(self.largest.maximum(high).maximum(-low))
         if self.guided:
@@ -281,9 +291,11 @@ class Block:
             forced = self.forced.index_select(1, at)[:, 0]
             code = torch.where(forced == FREE, code, forced)
         self.codes.index_copy_(1, at, code[:, None])
-        x = gpt.code_embedding(code)
-        self.x.copy_(torch.cat([x, x]) if self.guided else x)
         at += 1
+        x = gpt.code_embedding(code)
+        if self.places is not None:
+            x = x + gpt.beside(self.padded, self.places.index_select(0, at))[:, 0]
+        self.x.copy_(torch.cat([x, x]) if self.guided else x)
 
 
 class StaticBlock(Block):

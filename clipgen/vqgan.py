@@ -1,4 +1,4 @@
-"""The VQGAN: pixels to codes (encoder, quantiser) and back (decoder).
+"""The VQGAN: pixels to codes (encoder, quantizer) and back (decoder).
 
 Modules and parameter names follow the published file, so converting it renames nothing.
 """
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Sizes of a VQGAN; every entry of `channels` after the first halves the resolution."""
+    """Sizes of a VQGAN; every entry of `channels` after the first halves the resolution.
+
+    With `patch` above 1 the first convolution sees squares of so many pixels a side as one place,
+    and the last one makes them: no layer runs at full resolution, where most of the time goes.
+    """
 
     image_size: int
     channels: tuple[int, ...]
@@ -24,11 +28,14 @@ class VQGANConfig:
     codebook_size: int
     l2_normalised: bool  # compare unit vectors (ViT-VQGAN, arXiv 2110.04627)
     norm_groups: int = 32  # of GroupNorm; 0: no normalisation, which learns much faster at first
+    patch: int = 1  # pixels a side of a place of the first level
+    middle_attention: bool = True  # self-attention where the resolution is least
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "attention_sizes", tuple(self.attention_sizes))
-        for name in ("image_size", "blocks_per_level", "code_dim", "codebook_size"):
+        for name in ("image_size", "blocks_per_level", "code_dim", "codebook_size",
+                     "patch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VQGAN {name} must be at least 1, got {getattr(self, name)}")
         if self.norm_groups < 0:
@@ -38,12 +45,13 @@ class VQGANConfig:
                              f"got {list(self.channels)}")
         if self.image_size % self.factor:
             raise ValueError(f"image size {self.image_size} is not a multiple of {self.factor}, "
-                             f"the reduction of {len(self.channels)} levels")
+                             f"the reduction of {len(self.channels)} levels"
+                             + (f" and patches of {self.patch}" if self.patch > 1 else ""))
 
     @property
     def factor(self) -> int:
         """Pixels a side of one code."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
     def grid(self) -> int:
@@ -108,8 +116,10 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(ResBlock(channels, channels, groups), Attention(channels, groups),
+def middle(channels: int, config: VQGANConfig) -> nn.Sequential:
+    groups = config.norm_groups
+    attention = [Attention(channels, groups)] if config.middle_attention else []
+    return nn.Sequential(ResBlock(channels, channels, groups), *attention,
                          ResBlock(channels, channels, groups))
 
 
@@ -118,9 +128,10 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        levels, size, channels = config.channels, config.image_size, config.channels[0]
-        groups = config.norm_groups
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        levels, channels = config.channels, config.channels[0]
+        size, groups = config.image_size // config.patch, config.norm_groups
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(3 * self.patch**2, channels, 3, padding=1)
         down: list[nn.Module] = []
         for level, width in enumerate(levels):
             for _ in range(config.blocks_per_level):
@@ -132,13 +143,14 @@ class Encoder(nn.Module):
                 down.append(Downsample(channels))
                 size //= 2
         self.down = nn.Sequential(*down)
-        self.mid = middle(channels, groups)
+        self.mid = middle(channels, config)
         self.final = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
                                    nn.Conv2d(channels, config.code_dim, 3, padding=1),
                                    nn.Conv2d(config.code_dim, config.code_dim, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.final(self.mid(self.down(self.conv_in(pixels))))
+        patches = F.pixel_unshuffle(pixels, self.patch)  # (N, 3 * patch², H / patch, W / patch)
+        return self.final(self.mid(self.down(self.conv_in(patches))))
 
 
 class Decoder(nn.Module):
@@ -150,7 +162,7 @@ class Decoder(nn.Module):
         groups = config.norm_groups
         self.quant_conv_in = nn.Conv2d(config.code_dim, config.code_dim, 1)
         self.conv_in = nn.Conv2d(config.code_dim, channels, 3, padding=1)
-        self.mid = middle(channels, groups)
+        self.mid = middle(channels, config)
         up: list[nn.Module] = []
         for level, width in enumerate(levels):
             for _ in range(config.blocks_per_level + 1):
@@ -162,11 +174,13 @@ class Decoder(nn.Module):
                 up.append(Upsample(channels))
                 size *= 2
         self.up = nn.Sequential(*up)
+        self.patch = config.patch
         self.final = nn.Sequential(group_norm(channels, groups), nn.SiLU(),
-                                   nn.Conv2d(channels, 3, 3, padding=1))
+                                   nn.Conv2d(channels, 3 * self.patch**2, 3, padding=1))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        return self.final(self.up(self.mid(self.conv_in(self.quant_conv_in(vectors)))))
+        patches = self.final(self.up(self.mid(self.conv_in(self.quant_conv_in(vectors)))))
+        return F.pixel_shuffle(patches, self.patch)
 
 
 class Quantizer(nn.Module):

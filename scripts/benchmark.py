@@ -4,6 +4,7 @@
     python -m scripts.benchmark sample   ms a step, images/s and share of the bandwidth of sampling
     python -m scripts.benchmark serve    what the server adds to the model's time
     python -m scripts.benchmark start    process start to a server that is ready, by part
+    python -m scripts.benchmark speedrun how much faster than a frozen recipe training learns
 
 `python -m scripts.benchmark NAME --help` lists the flags of each.
 """
@@ -16,21 +17,11 @@ import sys
 from importlib import import_module
 
 from clipgen import is_out_of_memory
-from clipgen.device import find_device
+from scripts.training.cli import one_sentence
 
 # Each is the file benchmarks/NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
-COMMANDS = ("train", "sample", "serve", "start")
-
-
-def settle(a: argparse.Namespace) -> bool:
-    """Fill in device and size where they are not given; whether the device is CUDA.
-
-    ValueError: a device that is not here.
-    """
-    a.device = find_device(a.device).type
-    a.size = a.size or ("published" if a.device == "cuda" else "weights/emoji")
-    return a.device == "cuda"
+COMMANDS = ("train", "sample", "serve", "start", "speedrun")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,16 +31,18 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     given = p.parse_args(arguments)
     command = import_module(f"scripts.benchmarks.{given.command}")
-    try:
+    with one_sentence():
         a = command.parse(given.arguments)
-        result = command.measure(a)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
-        raise SystemExit(f"{rows} does not fit into the memory of {a.device}: give fewer") from None
+        try:
+            result = command.measure(a)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if given.command == "speedrun":
+                raise MemoryError("out of memory: give the recipes a smaller --batch") from None
+            rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
+            raise MemoryError(f"{rows} does not fit into the memory of {a.device}: give fewer"
+                              ) from None
     print(command.table(result), file=sys.stderr)
     print(json.dumps(result))
 

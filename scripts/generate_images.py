@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scripts.training.cli import number, seed
+from scripts.training.cli import Parser, device, number, seed
 
 # torch and clipgen are imported once the arguments are known to be good: they take seconds.
 
@@ -29,20 +29,9 @@ PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 OURS = re.compile(r"\.?image-\d+-seed-\d+\.(png|jpg|webp)")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        stop(f"{message} (--help lists the flags)", status=2)
-
-
 def stop(message: str, status: int) -> NoReturn:
     print(f"clipgen: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def device(text: str) -> str:
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
-    return text
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

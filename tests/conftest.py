@@ -1,6 +1,10 @@
 """Where a shell starts the tests in the background, Ctrl-C is ignored by all that they start: not
 here, for some send it."""
 
+import os
 import signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Trainings in this process run where those in others do: on CPUs, whatever the machine has.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")

@@ -39,15 +39,23 @@ def micro_vqgan(codebook_size: int = 64, image_size: int = 32, levels: int = 4) 
 
 
 def micro_gpt(codebook_size: int = 64, block_size: int = 16, null_embedding: bool = False,
-              layers: int = 2) -> GPT:
-    """A random GPT of width 32; its forecasts differ by condition, place and code."""
+              layers: int = 2, added: dict | None = None) -> GPT:
+    """A random GPT of width 32; its forecasts differ by condition, place and code.
+
+    added: what it has beyond the published one, keys of GPTConfig.
+    """
     gpt = GPT(GPTConfig(layers=layers, width=32, heads=4, codebook_size=codebook_size,
-                        block_size=block_size, embedding_dim=32, null_embedding=null_embedding))
+                        block_size=block_size, embedding_dim=32, null_embedding=null_embedding,
+                        **added or {}))
     gpt.initialise()
     with torch.no_grad():  # as initialised all forecasts are near uniform, so faults would hide
         gpt.position.normal_(std=0.5)
         gpt.code_embedding.weight.normal_(std=0.5)
         gpt.head.weight.normal_(std=0.3)
+        if gpt.config.neighbours:
+            gpt.neighbour_embedding.weight.normal_(std=0.5)
+        if gpt.config.modulated:
+            gpt.modulation.weight.normal_(std=0.1)
         if null_embedding:
             gpt.null_embedding.normal_(std=0.2)
     return gpt.eval()

@@ -1,4 +1,5 @@
-"""The training scripts as processes, on data so small that a step takes milliseconds."""
+"""The training scripts, in this process or another, on data so small that a step takes
+milliseconds."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from scripts.data import shards
 from scripts.training import checkpoints
@@ -85,14 +89,33 @@ def end(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
     return out, errors
 
 
-def train(*arguments: object, processes: int = 1) -> dict:
-    """Train to the end; returns the JSON that was printed."""
-    return json.loads(end(begin(*arguments, processes=processes))[0].splitlines()[-1])
+def train(script: str, data: Path, run: Path, *flags: object, processes: int = 1) -> dict:
+    """Train to the end; returns the JSON that is printed.  One process: this one."""
+    if processes == 1:
+        return json.loads(json.dumps(here(script, data, run, *flags)))
+    process = begin(script, data, run, *flags, processes=processes)
+    return json.loads(end(process)[0].splitlines()[-1])
 
 
-def sentence(*arguments: object) -> str:
-    """Why a training fails: the last line of its stderr."""
-    return end(begin(*arguments), 1)[1].splitlines()[-1]
+def sentence(script: str, data: Path, run: Path, *flags: object) -> str:
+    """Why a training fails, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        here(script, data, run, *flags)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def here(script: str, data: Path, run: Path, *flags: object) -> dict:
+    """What the script's main returns in this process, on one thread as in those that `begin`
+    starts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return import_module(f"scripts.{script}").main(
+            [str(word) for word in (data, "--run", run, *FLAGS[script], "--steps", STEPS[script],
+                                    *flags)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def saved(run: Path) -> list[int]:

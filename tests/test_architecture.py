@@ -78,6 +78,69 @@ def test_clipgen_imports_neither_its_users_nor_another_package(path):
     assert roots(path) <= allowed | PACKAGES.get(path.stem, set())  # relative imports fail too
 
 
+# Rooms of scripts/, each of which may import those before it; `training.cli` imports nothing and
+# is free to all.
+ROOMS = ["data", "evaluation", "training", "emoji", "benchmarks"]
+FREE = "scripts.training.cli"
+ENTRY = {path for path in SCRIPTS if 'if __name__ == "__main__":' in path.read_text("utf-8")}
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(name: str) -> str:
+    """The folder of a module of scripts/, "" for scripts/ itself."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def forbidden(path: Path, commands: set[str]) -> list[str]:
+    """What a file of scripts/ imports against the arrows."""
+    own, found = module(path), []
+    for name in sorted(imports(path)):
+        if not name.startswith("scripts.") or name.startswith(FREE):
+            continue
+        target, here = room(name), room(own)
+        if any(name == command or name.startswith(f"{command}.") for command in commands):
+            found.append(name)  # nothing imports a command
+        elif target == "emoji" and here != "emoji" and own != "scripts":
+            found.append(name)
+        elif here and target != here and (not target or ROOMS.index(target) > ROOMS.index(here)):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: module(path))
+def test_rooms_import_those_before_them_and_no_command(path):
+    commands = {module(entry) for entry in ENTRY if entry.parent.name == "scripts"}
+    assert [name for name in forbidden(path, commands)
+            if not name.startswith("scripts.cog_schema.")] == []
+
+
+@pytest.mark.parametrize("where, line", [
+    ("data", "from scripts.evaluation import metrics"), ("data", "import scripts.training.optim"),
+    ("evaluation", "from scripts.training.loading import load_clip"),
+    ("training", "from scripts.emoji.scenes import Scenes"),
+    ("training", "from scripts import train"), ("benchmarks", "from scripts.emoji import judge"),
+    ("", "from scripts.train_gpt import main"), ("", "from scripts.emoji import scenes")])
+def test_the_guard_sees_a_forbidden_arrow(where, line, tmp_path, monkeypatch):
+    planted = tmp_path / "scripts" / where / "planted.py"
+    planted.parent.mkdir(parents=True)
+    planted.write_text(line)
+    monkeypatch.setattr("tests.test_architecture.ROOT", tmp_path)
+    assert forbidden(planted, {"scripts.train", "scripts.train_gpt"})
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path not in ENTRY],
+                         ids=lambda path: module(path))
+def test_libraries_raise_exceptions_and_leave_exits_to_commands(path):
+    if module(path) == FREE:  # turns the one into the other
+        return
+    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(node, ast.Raise) and "SystemExit" in ast.unparse(node)]
+
+
 def test_predict_uses_the_public_names_alone():
     names = {name for name in imports(ROOT / "predict.py") if name.startswith("clipgen")}
     assert names <= {f"clipgen.{name}" for name in clipgen.__all__}

@@ -20,16 +20,16 @@ def bundle(tmp_path, monkeypatch):
 
 
 def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablations, "GPT", "--layers 1 --width 16 --heads 2 --batch 4 "
-                        "--optimizer adamw")
-    monkeypatch.setattr(ablations, "VQGAN", "--size 64 --channels 4,4,8,8 --codebook-size 32 "
-                        "--batch 4 --gan 0")
+    monkeypatch.setattr(ablations, "GPT", {"layers": 1, "width": 16, "heads": 2, "batch": 4,
+                                           "optimizer": "adamw"})
+    monkeypatch.setattr(ablations, "VQGAN", {"size": 64, "channels": "4,4,8,8", "gan": 0.0,
+                                             "codebook_size": 32, "batch": 4})
     monkeypatch.setattr(ablations, "SAMPLING", [{"guidance": 3}, {"top_p": 0.9, "candidates": 2}])
     first, mean = "paper's recipe: no noise", "means subtracted, noise 0.5"
     arguments = ["--clip", str(bundle), "--run", str(tmp_path / "run"), "--objects", "4",
                  "--scenes", "40", "--steps", "2", "--vqgan-steps", "2", "--prompts", "3",
                  "--variants"]
-    copies = [f"copies, {name}" for name in ablations.QUANTISERS]
+    copies = [f"copies, {name}" for name in ablations.QUANTIZERS]
     rows = ablations.main([*arguments])["rows"]
     assert list(rows) == copies
     assert all(0 < row["codebook_usage"] <= 1 and row["psnr_db"] > 0 for row in rows.values())
@@ -39,10 +39,10 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
     rows = ablations.main([*arguments, first])["rows"]
     assert list(rows) == [*copies, f"{first}, seed 0", f"{first}, seed 1"]
     assert all(0 <= rows[f"{first}, seed {i}"]["object_right_of_texts"] <= 1 for i in (0, 1))
-    monkeypatch.setitem(ablations.VARIANTS, first, "--steps nonsense")  # is not trained again
+    monkeypatch.setitem(ablations.VARIANTS, first, {"nonsense": 1})  # is not trained again
     result = ablations.main([*arguments, ablations.BASE, mean,
                              "noise 0.5, embedding reconstruction"])
-    rows, other = result["rows"], list(ablations.QUANTISERS)[1]
+    rows, other = result["rows"], list(ablations.QUANTIZERS)[1]
     assert f"{first}, seed 1" in rows and f"{mean}, seed 1" in rows
     assert list(rows)[-6:] == [
         f"noise 0.5, {name}, seed {i}"
@@ -56,7 +56,7 @@ def test_ablations_go_on_and_repeat_themselves(bundle, tmp_path, monkeypatch, ca
     again = ablations.summary(rows)[mean]
     assert again["rows"] == 2 and again["token_ce"] == pytest.approx(
         sum(rows[f"{mean}, seed {i}"]["token_ce"] for i in (0, 1)) / 2, rel=1e-3)
-    with pytest.raises(SystemExit, match="other arguments"):
+    with pytest.raises(SystemExit, match="other settings"):
         ablations.main([*arguments, first, "--steps", "3"])
 
 
@@ -67,7 +67,7 @@ def test_vqgan_clip_draws_nearer_to_the_text_than_where_it_starts(bundle):
     texts = ["a cat", "a dog on the beach"]
 
     def score(steps):
-        images = baseline_vqgan_clip.optimise(model, texts, steps, 4, 0.1, seed=0)
+        images = baseline_vqgan_clip.optimize(model, texts, steps, 4, 0.1, seed=0)
         assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
         embeddings = model.clip.embed_pixels(images.float() / 255)
         return (embeddings * model.clip.embed_texts(texts)).sum(1)

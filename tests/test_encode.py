@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from scripts import encode_images
 from scripts.data import shards
 from scripts.data.images import split
 from scripts.data.presets import open_images
 from scripts.data.shards import read_shards
 from scripts.data.transforms import centre_view
-from scripts.encode_images import Crops, main
+from scripts.encode_images import main
+from scripts.training import encoding
+from scripts.training.encoding import Crops
 from scripts.training.loading import CODES, fingerprint, load_clip, load_vqgan
 from tests.micro import micro_bundle, micro_vqgan
 from tests.processes import ONE_THREAD, TWO_PROCESSES
@@ -33,12 +34,12 @@ PER_SHARD, COUNT, CROPS, UNREADABLE = 8, 30, 3, ("04.png", "05.png")
 @pytest.fixture(scope="module", autouse=True)
 def small_shards():
     """8 images a shard, on one thread: sums of more may differ in the last bit."""
-    threads, per_shard = torch.get_num_threads(), encode_images.IMAGES_PER_SHARD
+    threads, per_shard = torch.get_num_threads(), encoding.IMAGES_PER_SHARD
     torch.set_num_threads(1)
-    encode_images.IMAGES_PER_SHARD = PER_SHARD
+    encoding.IMAGES_PER_SHARD = PER_SHARD
     yield
     torch.set_num_threads(threads)
-    encode_images.IMAGES_PER_SHARD = per_shard
+    encoding.IMAGES_PER_SHARD = per_shard
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +204,10 @@ def test_shards_keep_no_file_open(encoded):
 def test_two_processes_make_the_same_shards(encoded, source, bundle, tmp_path):
     script = tmp_path / "encode.py"
     script.write_text("from accelerate import PartialState\n"
-                      "from scripts import encode_images\nfrom scripts.training import trainer\n"
-                      f"encode_images.IMAGES_PER_SHARD = {PER_SHARD}\n"
-                      "trainer.report(encode_images.main())\n"
+                      "from scripts import encode_images\n"
+                      "from scripts.training import encoding, run_directory\n"
+                      f"encoding.IMAGES_PER_SHARD = {PER_SHARD}\n"
+                      "run_directory.report(encode_images.main())\n"
                       "assert PartialState().num_processes == 2\n")
     result = subprocess.run(
         [sys.executable, "-m", *TWO_PROCESSES, str(script), str(source), str(tmp_path / "out"),
@@ -220,12 +222,12 @@ def test_two_processes_make_the_same_shards(encoded, source, bundle, tmp_path):
 
 
 def test_other_settings_are_refused(encoded, source, bundle, tmp_path):
-    with pytest.raises(SystemExit, match=r"other settings \(seed was 0, is 1\): give those again"):
+    with pytest.raises(SystemExit, match=r"other settings \(seed 0 became 1\): give those again"):
         main([str(source), str(encoded[0]), *flags(bundle, "--seed", 1)])
-    with pytest.raises(SystemExit, match=r"flip was True, is False; clip_sha256 was \w+, is"):
+    with pytest.raises(SystemExit, match=r"clip_sha256 \w+ became \w+, flip True became False"):
         other = micro_bundle(tmp_path / "other", seed=1)
         main([str(source), str(encoded[0]), *flags(other, "--no-flip")])
-    with pytest.raises(SystemExit, match="data_sha256 was"):
+    with pytest.raises(SystemExit, match="data_sha256.train "):
         main([str(source), str(encoded[0]), *flags(bundle, "--limit", 5)])
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(SystemExit, match="holds other files: give a directory that is empty"):

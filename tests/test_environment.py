@@ -266,13 +266,11 @@ def test_too_little_disk_space_is_told_beforehand(project):
 
 
 @pytest.mark.parametrize("step", ["venv", "pip install"])
-def test_a_disk_that_fills_up(project, step):
+def test_a_disk_that_fills_up(project, empty_venv, step):
     full = "echo \"ERROR: [Errno 28] No space left on device: 'x'\" >&2; exit 1"
     project.command("python3", f'case "$*" in *"-m {step}"*) {full};; esac\n{REAL_PYTHON}')
-    if step == "pip install":
-        assert project.run()[0] == 0
-        for stamp in project.folder.glob(".venv/clipgen-*"):
-            stamp.unlink()
+    if step == "pip install":  # by the Python of a venv that is there
+        shutil.copytree(empty_venv, project.folder / ".venv", symlinks=True)
         python = project.folder / ".venv" / "bin" / "python"
         python.unlink()
         python.symlink_to(project.commands / "python3")

@@ -10,10 +10,11 @@ from PIL import Image
 from clipgen import ClipGen, UnknownWords
 from scripts import evaluate
 from scripts.data.presets import open_images
+from scripts.emoji import evaluate as emoji_evaluate
 from scripts.emoji import judge, scenes, world
 from scripts.emoji import prompts as world_prompts
 from scripts.emoji.judge import load_judge
-from scripts.evaluation import features, prompts
+from scripts.evaluation import features, prompts, scores
 from scripts.evaluation.figures import sheet, wrap
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes, drawn_sprites
@@ -37,10 +38,10 @@ def photos(tmp_path_factory):
     return folder
 
 
-def run(capsys, *arguments):
+def run(capsys, *arguments, command=evaluate):
     """(what main returns, stdout without its last line, stderr); the last line is the result."""
     capsys.readouterr()
-    result = evaluate.main([str(argument) for argument in arguments])
+    result = command.main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     *table, last = out.splitlines()
     assert json.loads(last) == result
@@ -100,7 +101,7 @@ def test_prompts_of_coco_are_one_of_an_image(tmp_path, capsys):
 def test_samples_are_those_of_generate(bundle, candidates):
     model, texts = ClipGen.load(bundle), TEXTS if candidates < 70 else TEXTS[:2]
     settings = {"guidance": 2.0, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
-    images, firsts, _ = evaluate.sample(model, texts, 2**31 - 4, candidates, settings)
+    images, firsts, _ = scores.sample(model, texts, 2**31 - 4, candidates, settings)
     for i, text in enumerate(texts):
         seed = (2**31 - 4 + i * candidates) % 2**31
         expected, = model.generate(text, num_images=1, candidates=candidates, seed=seed, **settings)
@@ -113,7 +114,7 @@ def test_of_the_candidates_for_an_image_the_nearest_is_kept(bundle):
     model = ClipGen.load(bundle)
     originals = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     settings = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    images, _, seconds = evaluate.sample(model, originals, 5, 4, settings)
+    images, _, seconds = scores.sample(model, originals, 5, 4, settings)
     assert images.shape == originals.shape and images.dtype == torch.uint8 and seconds > 0
     embeddings = model.clip.embed_pixels(originals / 255)
     for i in range(3):
@@ -132,8 +133,8 @@ def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "emoji_sprites", lambda: sprites)
     monkeypatch.setattr(judge, "emoji_sprites", lambda: sprites)
     with pytest.raises(SystemExit, match="judge gets fewer than 99 %"):
-        evaluate.main([str(bundle), "--prompts", "5", "--candidates", "2", "--device", "cpu",
-                       "--sheet", str(tmp_path / "a" / "sheet.png")])
+        emoji_evaluate.main([str(bundle), "--prompts", "5", "--candidates", "4", "--device", "cpu",
+                             "--sheet", str(tmp_path / "a" / "sheet.png")])
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
     assert result["n_prompts"] == 5 and result["n_generated"] == 6 and result["seconds"] > 0
@@ -141,7 +142,7 @@ def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
                  "time_right", "both_objects_right", "object_right_unseen_pairs",
                  "object_right_seen_pairs", "codebook_usage"):
         assert 0 <= result[name] <= 1
-    assert result["judge_on_renders"] < 0.99 and result["candidates"] == 2
+    assert result["judge_on_renders"] < 0.99 and result["candidates"] == 4
     assert result["text_over_image"] >= 0 and 0 < result["psnr_db"] < 30
     assert result["frechet_ratio"] == pytest.approx(
         result["judge_frechet"] / result["judge_frechet_of_copies"], rel=1e-3)
@@ -213,30 +214,29 @@ def test_another_clip_can_score(bundle, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["--prompts", "-3"], "--prompts -3: the number of texts starts at 2"),
-    (["--prompts", "1"], "--prompts 1: the number of texts starts at 2"),
     (["--prompts", "TMP/none.txt"], "none.txt cannot be read (No such file or directory): give a "),
-    (["--prompts", "TMP"], "cannot be read (Is a directory): give a whole number, a file"),
+    (["--prompts", "TMP"], "cannot be read (Is a directory): give a file of texts, one a line"),
     (["--prompts", "TMP/empty.txt"], "empty.txt has no text in it: write one a line"),
     (["--prompts", "TMP/latin.txt"], "latin.txt cannot be read (it is not UTF-8)"),
     (["--prompts", "coco:TMP"], "captions_val2017.json cannot be read: No such file"),
-    (["--prompts", "5", "--count", "0"], "argument --count: '0' is not a whole number from 1"),
-    (["--prompts", "5", "--candidates", "-1"], "'-1' is not a whole number from 1 to 4096"),
-    (["--prompts", "5", "--top-p", "2"], "argument --top-p: '2' is not a number from 0 to 1"),
-    (["--prompts", "5", "--device", "tpu"], "'tpu' is not cpu, cuda or cuda:N"),
-    (["--prompts", "5", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
-    (["--prompts", "5", "--features", "clip"], "--features is for distances to real images"),
-    (["--prompts", "5", "--sheet", "TMP/sheet.jpg"], "must be a file that ends in .png"),
-    (["--prompts", "5", "--sheet", "TMP/empty.txt/s.png"], "name another file"),
-    (["--condition", "images"], "--condition images needs --images SOURCE"),
-    (["--condition", "images", "--images", "TMP/one", "--prompts", "5"], "leave --prompts out"),
+    ([], "give --prompts FILE, --prompts coco:PATH or --images SOURCE; the default bundle's own"),
+    (["--prompts", "x", "--count", "0"], "argument --count: '0' is not a whole number from 1"),
+    (["--prompts", "x", "--candidates", "-1"], "'-1' is not a whole number from 1 to 4096"),
+    (["--prompts", "x", "--top-p", "2"], "argument --top-p: '2' is not a number from 0 to 1"),
+    (["--prompts", "x", "--device", "tpu"], "'tpu' is not cpu, cuda or cuda:N"),
+    (["--prompts", "x", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+    (["--prompts", "x", "--features", "clip"], "--features is for distances to real images"),
+    (["--prompts", "TMP/one.txt", "--images", "TMP/two", "--features", "nose"],
+     "--features nose is no network: give one of inception, clip, judge"),
+    (["--prompts", "x", "--sheet", "TMP/sheet.jpg"], "must be a file that ends in .png"),
+    (["--prompts", "x", "--sheet", "TMP/empty.txt/s.png"], "name another file"),
     (["--images", "TMP/none"], "none does not exist: give a folder, zip or tar of images"),
+    (["--images", "scene:9"], "scene is no source of images; there are coco, googlecc, imagenet, "
+     "scenes, folders"),
     (["--images", "TMP/one"], "at least 2 real images and 2 samples, got 1 and 2: give more"),
     (["--prompts", "TMP/one.txt", "--images", "TMP/two"], "2 samples, got 2 and 1"),
     (["--prompts", "TMP/one.txt", "--score-clip", "none"], "none is no bundle"),
     (["--prompts", "TMP/one.txt", "--guidance", "2"], "guidance 2.0 needs a GPT that was trained"),
-    (["--prompts", "5", "--count", "1"], "--count 1: the number of texts starts at 2"),
-    (["--prompts", "5"], "not trained on the world of the default one, its CLIP never saw 'a"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -252,6 +252,18 @@ def test_what_cannot_be_is_one_sentence(arguments, sentence, tmp_path, capsys):
     out, err = capsys.readouterr()
     last = err.splitlines()[-1] if stop.value.code == 2 else str(stop.value)
     assert sentence in last and out == "" and "\n" not in last
+
+
+@pytest.mark.parametrize("count, sentence", [
+    ("1", "argument --prompts: '1' is not a whole number from 2"),
+    ("-3", "argument --prompts: '-3' is not a whole number from 2"),
+    ("5", "not trained on the world of the default one, its CLIP never saw 'a")])
+def test_what_the_world_is_not_asked_for_is_one_sentence(count, sentence, tmp_path, capsys):
+    small = micro_bundle(tmp_path / "small", vocabulary=["night"])
+    with pytest.raises(SystemExit) as stop:
+        emoji_evaluate.main([str(small), "--prompts", count])
+    said = capsys.readouterr().err.splitlines()[-1] if stop.value.code == 2 else str(stop.value)
+    assert sentence in said
 
 
 @pytest.mark.parametrize("error, sentence", [
@@ -274,9 +286,10 @@ def test_what_goes_wrong_in_sampling_is_one_sentence(bundle, tmp_path, monkeypat
 def test_a_share_of_nothing_is_left_out(bundle, monkeypatch, capsys):
     monkeypatch.setattr(scenes, "emoji_sprites", drawn_sprites)
     monkeypatch.setattr(judge, "emoji_sprites", drawn_sprites)
-    monkeypatch.setattr(evaluate.world_scores, "judged_on_renders", lambda *_: 1.0)
+    monkeypatch.setattr(emoji_evaluate, "judged_on_renders", lambda *_: 1.0)
     # Both texts are about the moon, whose sky tells no time.
-    result, _, _ = run(capsys, bundle, "--prompts", 2, "--seed", 61, "--candidates", 1)
+    result, _, _ = run(capsys, bundle, "--prompts", 2, "--seed", 61, "--candidates", 1,
+                       command=emoji_evaluate)
     assert "time_right" not in result and 0 <= result["place_right"] <= 1
 
 
@@ -291,26 +304,26 @@ def test_a_bundle_that_is_none_is_one_sentence(tmp_path):
 
 def test_the_distance_of_real_images_to_themselves_is_zero(bundle, photos):
     model = ClipGen.load(bundle)
-    views = evaluate.read_real(str(photos), 32, 8, seed=0)[1]
+    views = scores.read_real(str(photos), 32, 8, seed=0)[1]
     for name in ("clip", "judge"):
         network = features.load_network(name, model.clip, "CLIP")
-        scores = evaluate.distances(network, views, views, None, torch.device("cpu"))
-        assert set(scores) == {"mmd", "frechet_distance",
+        found = scores.distances(network, views, views, None, torch.device("cpu"))
+        assert set(found) == {"mmd", "frechet_distance",
                                *(f"frechet_distance_blur_{r}" for r in (1, 2, 4, 8))}
-        assert scores.pop("mmd") < 0  # unbiased: less than the 0 of two draws
-        assert max(scores.values()) < 1e-3
+        assert found.pop("mmd") < 0  # unbiased: less than the 0 of two draws
+        assert max(found.values()) < 1e-3
 
 
 def test_views_are_drawn_by_seed_and_centred(photos):
     images = open_images(photos)[0]
-    names, views, other = evaluate.read_real(str(photos), 40, 100, seed=0)
+    names, views, other = scores.read_real(str(photos), 40, 100, seed=0)
     assert other is None
     assert sorted(names) == sorted(set(images.names) - {"torn.png"})
     assert views.shape == (12, 3, 40, 40) and views.dtype == torch.uint8
     with Image.open(photos / names[3]) as image:
         assert (views[3].permute(1, 2, 0).numpy() == np.asarray(image)[:, 4:44]).all()
-    assert evaluate.read_real(str(photos), 40, 5, seed=0)[0] == names[:5]
-    assert evaluate.read_real(str(photos), 40, 5, seed=1)[0] != names[:5]
+    assert scores.read_real(str(photos), 40, 5, seed=0)[0] == names[:5]
+    assert scores.read_real(str(photos), 40, 5, seed=1)[0] != names[:5]
 
 
 def test_radii_are_shares_of_the_side():
@@ -333,7 +346,7 @@ def test_without_inception_it_is_clip_and_one_line_says_so(bundle, monkeypatch, 
         error = capsys.readouterr().err
         assert error.startswith("features of CLIP, not of Inception: ") and error.count("\n") == 1
         assert reason in error
-        with pytest.raises(SystemExit, match="--features inception: "):
+        with pytest.raises(ValueError, match="--features inception: "):
             features.load_network("inception", clip, "some CLIP")
 
 
@@ -384,7 +397,8 @@ def test_the_default_bundle_knows_its_world(emoji):
 
 @pytest.mark.slow
 def test_the_default_bundle_draws_what_texts_say(emoji, capsys):
-    result, _, _ = run(capsys, ROOT / "weights" / "emoji", "--prompts", 50, "--seed", 1)
+    result, _, _ = run(capsys, ROOT / "weights" / "emoji", "--prompts", 50, "--seed", 1,
+                       command=emoji_evaluate)
     # A little below what 200 texts gave: 50 texts are 2 points each.
     assert result["object_right"] >= 0.85 and result["object_right_one_candidate"] >= 0.8
     assert result["place_right"] >= 0.95 and result["time_right"] >= 0.95

@@ -1,9 +1,9 @@
 """Trainings that are killed, stopped, spoilt or out of disk: nothing is lost, and it is said.
 
-Real processes; what a run that went on makes is compared, bit for bit, with an uninterrupted one's.
+What is killed or stopped is a real process; what a run that went on makes is compared, bit for bit,
+with an uninterrupted one's.
 """
 
-import argparse
 import errno
 import json
 import os
@@ -20,7 +20,9 @@ from accelerate import Accelerator
 
 from scripts.data.files import Hashing, sha256
 from scripts.data.transforms import order
-from scripts.training import checkpoints, trainer
+from scripts.training import checkpoints, run_directory, trainer
+from scripts.training.cli import Stopped, duration, parse_settings
+from scripts.training.settings import RunSettings
 from tests.processes import (
     FLAGS,
     STEPS,
@@ -108,7 +110,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(script, kills, see
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not list(command[2].glob("*.safetensors"))
-    printed = train(*command)
+    printed = json.loads(end(begin(*command))[0].splitlines()[-1])
     assert weights(command[2]) == weights(whole(script)[0])
     measured = {"codes_per_second", "memory_gb"}
     assert ({k: v for k, v in printed.items() if k not in measured}
@@ -170,32 +172,40 @@ def test_a_spoilt_embedding_stops_the_run_at_its_step(tmp_path):
 
 
 class Walk:
-    """A training of two numbers, in this process; `act` is called before each step."""
+    """A training of one number, in this process; `act` is called before each step."""
 
-    def __init__(self, act=lambda training, step: None):
-        self.weight, self.other, self.act = torch.zeros(1), torch.zeros(1), act
+    def __init__(self, act):
+        self.model, self.other, self.act = torch.nn.Linear(1, 1, bias=False), torch.zeros(1), act
+        torch.nn.init.ones_(self.model.weight)
 
-    def step(self, step):
+    def parts(self):
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1)
+        return {"model": trainer.Part(self.model, [optimizer], self.loss)}
+
+    def batch(self, step):
         self.act(self, step)
-        self.weight += torch.randn(1, generator=trainer.generator(0, step))
-        return {"loss": self.weight.abs().sum()}
+        return torch.randn(1, generator=trainer.generator(0, step))
 
-    def state(self):
-        return {"weight": self.weight, "other": [self.other]}
+    def loss(self, batch):
+        loss = (self.model.weight * batch).abs().sum()
+        return loss, {"loss": loss}
 
-    def load(self, state):
-        self.weight = state["weight"]
+    def after(self, step):
+        return {}
 
-    def validate(self):
-        return {"score": self.weight.item()}, {}
+    def buffers(self):
+        return {"other": self.other}
+
+    def validate(self, model):
+        return {"score": model.weight.item()}, {}
 
 
 def walk(directory, *flags, act=lambda training, step: None):
-    """(the training at its end, its steps, scores)"""
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser, steps=20, batch=1, lr=1)
-    a = parser.parse_args(["--run", str(directory), *flags])
-    return trainer.run(a, Accelerator(cpu=True), lambda steps: Walk(act))
+    """The result of it."""
+    given = ["--run", str(directory), "--steps=20", "--batch=1", "--lr=1", *flags]
+    settings = parse_settings(RunSettings, [flag for flag in given if flag != "--steps=20"
+                                            or not any("--time" in other for other in flags)], "")
+    return trainer.train(settings, Accelerator(cpu=True), lambda steps: Walk(act))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -203,8 +213,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         if step == 7:
             training.other.fill_(torch.nan)
 
-    with pytest.raises(SystemExit, match="not finite after step 8 are not saved; it is the first "
-                                         "after the checkpoint of step 7, which is kept"):
+    with pytest.raises(FloatingPointError, match="not finite after step 8 are not saved; it is "
+                                         "the first after the checkpoint of step 7, which is kept"):
         walk(tmp_path, "--save-minutes=0", act=act)
     assert saved(tmp_path) == [7, 6]
 
@@ -216,10 +226,11 @@ def test_a_loss_that_is_no_number_is_named_by_its_step(steps, found_at, tmp_path
     def act(training, step):
         seen.append(step + 1)
         if step == 7:
-            training.weight.fill_(torch.inf)
+            training.model.weight.data.fill_(torch.inf)
 
-    with pytest.raises(SystemExit, match="the loss of step 8 is inf; nothing was saved before it: "
-                                         "start again with a lower --lr than 1$"):
+    sentence = ("the loss of step 8 is inf; nothing was saved before it: start again with a lower "
+                "--lr than 1$")
+    with pytest.raises(FloatingPointError, match=sentence):
         walk(tmp_path, f"--steps={steps}", act=act)
     assert saved(tmp_path) == [] and seen[-1] == found_at  # it looks where it writes a line
 
@@ -230,14 +241,39 @@ def test_a_time_keeps_the_steps_that_were_settled(tmp_path):
         if step == 12:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(Stopped) as stopped:
         walk(tmp_path, "--time=1s", act=act)
-    assert stopped.value.code == 130
+    assert stopped.value.signal == signal.SIGINT
     settled = checkpoints.load(tmp_path)["settings"]["steps"]
-    training, steps, scores = walk(tmp_path, "--time=2s")
-    assert steps == settled > 13 and saved(tmp_path)[0] == steps
-    whole = walk(tmp_path / "whole", f"--steps={steps}")
-    assert torch.equal(whole[0].weight, training.weight) and whole[2] == scores
+    result = walk(tmp_path, "--time=2s")
+    assert result.steps == settled > 13 and saved(tmp_path)[0] == result.steps
+    whole = walk(tmp_path / "whole", f"--steps={result.steps}")
+    assert torch.equal(whole.model.weight, result.model.weight) and whole.scores == result.scores
+
+
+@pytest.mark.parametrize("step", [0, 18, 19])
+def test_ctrl_c_in_any_step_ends_the_run(step, tmp_path):
+    """In the last one too: what would follow must not begin."""
+    def act(training, at):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped, match=f"stopped after step {step + 1} of 20, all of it saved"):
+        walk(tmp_path, act=act)
+    assert walk(tmp_path).steps == 20
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_saved_ends_the_run(tmp_path, monkeypatch):
+    whole = checkpoints.save
+
+    def save(*given):
+        whole(*given)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    with pytest.raises(Stopped, match="stopped after step 20 of 20, all of it saved"):
+        walk(tmp_path)
+    assert saved(tmp_path)[0] == 20 and walk(tmp_path).steps == 20
 
 
 # A full disk
@@ -330,8 +366,8 @@ def test_damaged_checkpoints_do_not_outlive_good_ones(tmp_path):
 def test_a_spoilt_log_is_no_obstacle(tmp_path):
     lines = ['{"step": 1, "loss": 2}', "\0\0", "[]", '{"loss": 1}', '{"step": 2, "loss": 1}',
              '{"step": 3, "loss": 1}']
-    assert [trainer.step_of(line + "\n") for line in lines] == [1, 0, 0, 0, 2, 3]
-    assert trainer.step_of('{"step": 4}') == 0  # cut short
+    assert [run_directory.step_of(line + "\n") for line in lines] == [1, 0, 0, 0, 2, 3]
+    assert run_directory.step_of('{"step": 4}') == 0  # cut short
 
 
 # Refusals
@@ -351,25 +387,25 @@ def test_other_settings_are_refused_in_a_sentence(shards, run, tmp_path):
 
 def test_a_directory_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SystemExit, match=r"--run .*file cannot be written \(File exists\)"):
-        trainer.claim(tmp_path / "file", True)
-    with pytest.raises(SystemExit, match=r"cannot be written \(Not a directory\)"):
-        trainer.claim(tmp_path / "file" / "run", True)
+    with pytest.raises(OSError, match=r"--run .*file cannot be written \(File exists\)"):
+        run_directory.claim(tmp_path / "file", True)
+    with pytest.raises(OSError, match=r"cannot be written \(Not a directory\)"):
+        run_directory.claim(tmp_path / "file" / "run", True)
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path):
-    program = ("import time; from pathlib import Path; from scripts.training import trainer\n"
-               f"with trainer.claim(Path({str(tmp_path)!r}), True):\n"
+    program = ("import time; from pathlib import Path; from scripts.training import "
+               f"run_directory\nwith run_directory.claim(Path({str(tmp_path)!r}), True):\n"
                " print(flush=True); time.sleep(60)")
     holder = start(sys.executable, "-c", program)
     try:
         holder.stdout.readline()
-        with pytest.raises(SystemExit, match="another process trains in .*: stop it first, or"):
+        with pytest.raises(ValueError, match="another process trains in .*: stop it first, or"):
             walk(tmp_path)
     finally:
         holder.kill()
         holder.communicate()
-    assert walk(tmp_path)[1] == 20  # free again
+    assert walk(tmp_path).steps == 20  # free again
 
 
 @pytest.mark.parametrize("flag, text", [
@@ -378,17 +414,14 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     ("--validations", "0"), ("--steps", "-3"), ("--time", "5"), ("--time", "0s"),
     ("--time", "1.2.3s"), ("--batch", "0")])
 def test_flags_that_make_no_sense(flag, text, capsys):
-    parser = argparse.ArgumentParser()
-    trainer.add_arguments(parser, steps=1, batch=1, lr=1)
     with pytest.raises(SystemExit) as exit:
-        parser.parse_args(["--run", "run", f"{flag}={text}"])
+        parse_settings(RunSettings, ["--run", "run", f"{flag}={text}"], "")
     said = capsys.readouterr().err
     assert exit.value.code == 2 and f"argument {flag}: '{text}' is no" in said
 
 
 def test_times():
-    assert [trainer.duration(text) for text in ("90s", "20m", "1.5h", "2h30m")] == [90, 1200, 5400,
-                                                                                 9000]
+    assert [duration(text) for text in ("90s", "20m", "1.5h", "2h30m")] == [90, 1200, 5400, 9000]
 
 
 def test_the_learning_rate_after_a_restart_is_the_new_one():

@@ -267,10 +267,11 @@ def test_out_of_memory_names_the_number_that_counts(generate, monkeypatch, num, 
 
 @pytest.fixture
 def project(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    for name in ("__init__.py", "generate", "generate_images.py", "arguments.py",
-                 "environment.sh"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ("__init__.py", "generate", "generate_images.py", "environment.sh",
+                 "training/__init__.py", "training/cli.py", "data/__init__.py",
+                 "evaluation/__init__.py", "emoji/__init__.py"):
+        (tmp_path / "scripts" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"

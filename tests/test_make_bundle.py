@@ -9,7 +9,7 @@ from clipgen import ClipGen
 from clipgen.bundle import SamplingDefaults
 from scripts import make_bundle
 from scripts.training import loading
-from scripts.training.trainer import finish
+from scripts.training.run_directory import finish
 from tests.micro import micro_bundle
 
 SAMPLING = SamplingDefaults(temperature=0.9, top_k=7, top_p=0.8, guidance=1.5)
@@ -97,7 +97,7 @@ def test_a_damaged_run_is_one_sentence(bundle, tmp_path, part, damage):
         weights.write_bytes((bundle / f"{other}.safetensors").read_bytes())
     else:
         (run / f"{part}.json").write_text(damage)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ValueError) as stop:
         LOAD[part](run)
     sentence = str(stop.value)
     assert sentence.startswith(f"{run / part}.") and "\n" not in sentence
@@ -106,5 +106,5 @@ def test_a_damaged_run_is_one_sentence(bundle, tmp_path, part, damage):
 
 def test_a_file_that_is_no_clip_is_not_the_networks_fault(tmp_path):
     (tmp_path / "one.txt").write_text("night")
-    with pytest.raises(SystemExit, match="one.txt is a checkpoint of ViT-B-32.* give a bundle"):
+    with pytest.raises(ValueError, match="one.txt is a checkpoint of ViT-B-32.* give a bundle"):
         loading.load_clip(f"ViT-B-32:{tmp_path / 'one.txt'}")

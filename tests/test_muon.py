@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scripts.training.optim import Muon, adamw, muon, orthogonal
-from tests.micro import micro_gpt
+from scripts.training.optim import Muon, adamw_alone, muon, muon_vqgan, orthogonal
+from tests.micro import micro_gpt, micro_vqgan
 
 
 @settings(deadline=None, max_examples=50)
@@ -30,17 +30,22 @@ def trained(make, steps, decay=0.1):
     torch.manual_seed(0)
     gpt = micro_gpt(null_embedding=True).train().requires_grad_(True)
     before = copy.deepcopy(gpt)
-    optimizer = make(gpt, 1e-3, decay)
+    optimizers = make(gpt, 1e-3, decay)
     for _ in range(steps):
         for p in gpt.parameters():
             p.grad = torch.randn_like(p)
+        take_a_step(optimizers)
+    return dict(before.named_parameters()), dict(gpt.named_parameters()), optimizers
+
+
+def take_a_step(optimizers):
+    for optimizer in optimizers:
         optimizer.step()
-    return dict(before.named_parameters()), dict(gpt.named_parameters()), optimizer
 
 
 def test_the_matrices_of_the_blocks_get_muon_and_all_else_adamw():
     before, ours, _ = trained(muon, 3)
-    _, theirs, _ = trained(adamw, 3)
+    _, theirs, _ = trained(adamw_alone, 3)
     for name, p in ours.items():
         hidden = name.startswith("blocks.") and p.dim() == 2
         assert torch.equal(p, theirs[name]) != hidden, name
@@ -72,14 +77,44 @@ def test_momentum_carries_a_step_past_one_opposite_gradient():
 
 
 def test_its_state_goes_on_where_it_was():
-    _, gpt, optimizer = trained(muon, 2)
+    _, gpt, optimizers = trained(muon, 2)
     other = micro_gpt(null_embedding=True).requires_grad_(True)
     other.load_state_dict({k: v.detach().clone() for k, v in gpt.items()}, strict=False)
     resumed = muon(other, 1e-3, 0.1)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for new, old in zip(resumed, optimizers, strict=True):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
     for name, p in other.named_parameters():
         p.grad = torch.randn_like(p)
         gpt[name].grad = p.grad.clone()
-    optimizer.step()
-    resumed.step()
+    take_a_step(optimizers)
+    take_a_step(resumed)
     assert all(torch.equal(p, gpt[name]) for name, p in other.named_parameters())
+
+
+def test_convolutions_between_the_first_and_the_last_move_as_matrices():
+    torch.manual_seed(0)
+    vqgan = micro_vqgan(levels=2).train().requires_grad_(True)
+    vqgan.to(memory_format=torch.channels_last)
+    before = {name: p.detach().clone() for name, p in vqgan.named_parameters()}
+    optimizers = muon_vqgan(vqgan, 1e-3, 0.0)
+    for p in vqgan.parameters():
+        p.grad = torch.randn_like(p)
+    take_a_step(optimizers)
+    for name, p in vqgan.named_parameters():
+        move = (before[name] - p.detach()) / 1e-3
+        hidden = p.dim() > 1 and name.split(".")[1] in ("down", "mid", "up")
+        for part in move.flatten(1).chunk(3 if "in_proj" in name else 1) if hidden else ():
+            values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            # The least value of a square random matrix may be too small to be raised.
+            assert values[:-1].min() > 0.5 and values.max() < 1.35, name
+        if not hidden:  # AdamW's first step: the sign of each gradient
+            torch.testing.assert_close(move.abs(), torch.ones_like(move), atol=1e-2, rtol=0)
+
+
+def test_a_decoder_alone_is_all_that_moves():
+    vqgan = micro_vqgan(levels=2).train().requires_grad_(True)
+    for part in (vqgan.encoder, vqgan.quantizer):
+        part.requires_grad_(False)
+    given = {p for optimizer in muon_vqgan(vqgan, 1e-3, 0.0)
+             for group in optimizer.param_groups for p in group["params"]}
+    assert given == set(vqgan.decoder.parameters())

@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clipgen import packed as packing
-from clipgen.gpt import LinearGELU
+from clipgen.gpt import LinearGELU, LinearSquaredReLU
 from clipgen.packed import Int8Linear, PackedLinear, packed, rounded, rows_agree
 from clipgen.sampling import Sampler
 from tests.marks import NEEDS_INT8
 from tests.micro import micro_gpt
 
+# Linear layers, and what they do with their products.
+KINDS = {nn.Linear: lambda x: x, LinearGELU: F.gelu,
+         LinearSquaredReLU: lambda x: x.clamp(min=0) ** 2}
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16)
           if packing._possible(torch.zeros(1, dtype=dtype))]
 
@@ -24,15 +27,15 @@ def test_this_torch_has_the_operators():
 
 @settings(deadline=None, max_examples=60)
 @given(shape=st.tuples(st.integers(1, 300), st.integers(1, 300)), rows=st.integers(1, 40),
-       given_rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES), gelu=st.booleans(),
-       seed=st.integers(0, 10**6))
+       given_rows=st.integers(1, 40), dtype=st.sampled_from(DTYPES),
+       kind=st.sampled_from(list(KINDS)), seed=st.integers(0, 10**6))
 @torch.inference_mode()
-def test_products_equal_the_plain_ones(shape, rows, given_rows, dtype, gelu, seed):
+def test_products_equal_the_plain_ones(shape, rows, given_rows, dtype, kind, seed):
     torch.manual_seed(seed)
-    linear = (LinearGELU if gelu else nn.Linear)(*shape, dtype=dtype)
+    linear = kind(*shape, dtype=dtype)
     x = torch.randn(given_rows, 1, shape[0], dtype=dtype)
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-    exact = F.gelu(exact) if gelu else exact
+    exact = KINDS[kind](exact)
     ours = PackedLinear(linear, rows)(x)
     assert ours.dtype == dtype
     tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 2e-2,
@@ -41,8 +44,9 @@ def test_products_equal_the_plain_ones(shape, rows, given_rows, dtype, gelu, see
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_packed_gpt_answers_as_the_plain_one_which_stays_trainable(dtype):
-    gpt = micro_gpt().to(dtype)
+@pytest.mark.parametrize("added", [{}, {"neighbours": 3, "modulated": True, "squared_relu": True}])
+def test_a_packed_gpt_answers_as_the_plain_one_which_stays_trainable(dtype, added):
+    gpt = micro_gpt(added=added).to(dtype)
     before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}
     twin = packed(gpt, 8)
     kinds = [type(module) for module in twin.modules()]
@@ -61,7 +65,7 @@ def test_a_packed_gpt_answers_as_the_plain_one_which_stays_trainable(dtype):
 
 @settings(deadline=None, max_examples=60)
 @given(shape=st.tuples(st.integers(1, 40), st.integers(1, 80)), odd=st.integers(0, 15),
-       dtype=st.sampled_from(DTYPES), kind=st.sampled_from([nn.Linear, LinearGELU]),
+       dtype=st.sampled_from(DTYPES), kind=st.sampled_from(list(KINDS)),
        seed=st.integers(0, 10**6))
 @torch.inference_mode()
 def test_where_rows_agree_a_row_does_not_depend_on_the_rows_beside_it(shape, odd, dtype, kind,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from clipgen import packed as packing
 from clipgen import sampling
+from clipgen.gpt import NEIGHBOURS
 from clipgen.sampling import (
     FEW,
     ROWS,
@@ -26,6 +27,10 @@ from clipgen.sampling import (
 from tests.marks import INT8, NEEDS_INT8
 from tests.micro import micro_gpt
 
+# What a GPT can have beyond the published one.
+ALL = {"neighbours": len(NEIGHBOURS), "modulated": True, "squared_relu": True}
+ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
+                               **{name: st.booleans() for name in list(ALL)[1:]}})
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
 
 
@@ -111,10 +116,12 @@ def test_threads_that_share_a_sampler_wait_for_each_other(gpt):
     assert all(torch.equal(a, b) for a, b in zip(drawn, alone * 4, strict=True))
 
 
+@pytest.mark.parametrize("added", [{}, ALL])
 @pytest.mark.parametrize("guided", [False, True])
-def test_the_step_needs_no_value_on_the_cpu(guided):
+def test_the_step_needs_no_value_on_the_cpu(guided, added):
     """What a CUDA graph captures must not look at a tensor; on meta there is nothing to see."""
-    block = StaticBlock(micro_gpt(null_embedding=True).to("meta"), ROWS, guided)
+    gpt = micro_gpt(null_embedding=True, added=added)
+    block = StaticBlock(gpt.to("meta"), ROWS, guided)
     with torch.no_grad():
         block.begin(torch.zeros(ROWS, 32, device="meta"), torch.zeros(ROWS, 16),
                     Settings(0.7, 5, 0.9, 2.0))
@@ -164,11 +171,11 @@ def codes_plainly(gpt, embeddings, seeds, temperature, top_k, top_p, guidance):
 @given(kind=st.sampled_from(["block", "static", "packed"]), count=st.integers(1, 18),
        seed=st.integers(0, 10**6), temperature=st.sampled_from([0, 0.3, 1.0, 2.0]),
        top_k=st.sampled_from([0, 1, 5, 63, 64, 99]), top_p=st.sampled_from([0.0, 0.3, 0.95, 1.0]),
-       guidance=st.sampled_from([1.0, 2.5]))
+       guidance=st.sampled_from([1.0, 2.5]), added=ADDED)
 def test_codes_equal_the_plain_implementations(kind, count, seed, temperature, top_k, top_p,
-                                               guidance):
+                                               guidance, added):
     torch.manual_seed(seed)
-    gpt = micro_gpt(null_embedding=True)
+    gpt = micro_gpt(null_embedding=True, added=added)
     embeddings, seeds = F.normalize(torch.randn(count, 32), dim=1), range(seed, seed + count)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "FEW", 6)  # small as the model: so that every way is taken

@@ -16,12 +16,14 @@ from accelerate import Accelerator
 from PIL import Image
 
 from clipgen import ClipGen
-from scripts import encode_images, train, train_gpt
+from scripts import train
 from scripts.data.captions import shown
 from scripts.data.images import Images, UnreadableImage
 from scripts.data.presets import open_images
 from scripts.training.cli import duration
 from scripts.training.plan import new_sizes
+from scripts.training.stages import Stages
+from scripts.training.vqgan import VQGANSettings, make_vqgan
 from tests import shapes
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes
@@ -100,7 +102,7 @@ def test_the_card_says_how_it_was_made_and_shows_it(trained):
 def test_the_same_command_again_changes_nothing(trained):
     bundle, arguments, result = trained
     before = {p.name: p.read_bytes() for p in bundle.glob("*.safetensors")}
-    again = finish(start(*arguments))
+    again = json.loads(json.dumps(train.main([*map(str, arguments)])))
     assert {p.name: p.read_bytes() for p in bundle.glob("*.safetensors")} == before
     assert {k: v for k, v in again.items() if k != "seconds_per_image"} == {
         k: v for k, v in result.items() if k != "seconds_per_image"}
@@ -110,8 +112,10 @@ def test_the_same_command_again_changes_nothing(trained):
 def test_fine_tuning_changes_what_it_says(trained, source, tmp_path, tune, kept):
     bundle, _, _ = trained
     out = tmp_path / "tuned"
-    result = finish(start(source, "--out", out, "--run", tmp_path / "run", "--from", bundle,
-                          "--tune", tune, "--time", "5s"))
+    steps = [flag for part, other in (("gpt", "decoder"), ("vqgan", "gpt")) if tune != other
+             for flag in (f"--{part}.steps", 20, f"--{part}.validations", 1)]
+    result = train.main([*map(str, (source, "--out", out, "--run", tmp_path / "run", "--from",
+                                    bundle, "--tune", tune, "--time", "5s", *steps))])
     assert ("token_ce" in result) == (tune != "decoder")
     assert ("psnr_db" in result) == (tune != "gpt")
     for part in ("clip", "vqgan", "gpt"):
@@ -122,8 +126,8 @@ def test_fine_tuning_changes_what_it_says(trained, source, tmp_path, tune, kept)
 
 
 @pytest.mark.parametrize("change, sentence", [
-    (("--size", 64), "other arguments (size)"),
-    (("--seed", 1), "other arguments (seed)"),
+    (("--size", 64), "other settings (size None became 64)"),
+    (("--seed", 1), "other settings (seed 0 became 1)"),
     (("--run", "new"), "holds a bundle already"),
     (("--from", "x"), "leave --clip out"),
     (("--tune", "gpt"), "goes with --from"),
@@ -165,41 +169,77 @@ def test_dark_images_are_told_of(tmp_path, capsys):
 
 def test_every_seed_it_takes_the_stages_take():
     most = str(2**31 - 1)
-    a = train.parse(["images", "--out", "o", "--clip", "c", "--seed", most])
-    flags = train.Stages(a, None, None, 0.0).common("seed")
-    assert encode_images.parse(["i", "o", "--clip", "c", "--vqgan", "v", *flags]).seed == a.seed
-    assert train_gpt.parse(["s", "--run", "r", *flags]).seed == a.seed
+    for stage in stages_of("--seed", most).values():
+        assert stage.seed == int(most)
+
+
+def stages_of(*flags):
+    """The settings of the stages of a command."""
+    settings, given = train.parse(["images", "--out", "o", "--clip", "c", *flags])
+    train.fill_in(settings)
+    stages = Stages(settings, None, None, 0.0, given)
+    return {"vqgan": stages.settle("vqgan", run="r"), "gpt": stages.settle("gpt", shards="s",
+                                                                           run="r"),
+            "encode": stages.settle("encode", out="s", vqgan="v")}
+
+
+def test_a_stage_takes_what_is_given_for_it():
+    stages = stages_of("--gpt.batch", "4", "--vqgan.lr", "1e-4", "--encode.crops", "2",
+                       "--gpt.steps", "7", "--no-flip", "--workers", "3")
+    assert stages["gpt"].batch == 4 and stages["gpt"].steps == 7
+    assert stages["vqgan"].lr == 1e-4 and stages["vqgan"].batch == 16
+    assert stages["encode"].crops == 2
+    for stage in ("vqgan", "encode"):
+        assert not stages[stage].flip and stages[stage].workers == 3
+
+
+@pytest.mark.parametrize("flag", ["--gpt.run", "--vqgan.size", "--encode.seed", "--gpt.nothing"])
+def test_what_follows_from_the_whole_is_not_a_stages_to_say(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["images", "--out", "o", flag, "1"])
+    assert f"unrecognized arguments: {flag} 1" in capsys.readouterr().err
+
+
+def test_a_stages_advice_can_be_followed():
+    settings, given = train.parse(["images", "--out", "o", "--clip", "c"])
+    train.fill_in(settings)
+    stages = Stages(settings, None, SimpleNamespace(spent={}), time.time(), given)
+    stages.keep_plan = lambda: None
+    with pytest.raises(FloatingPointError, match="a lower --gpt.lr than 1 .* another --run"):
+        with stages.timed("gpt"):
+            raise FloatingPointError("start with a lower --lr than 1 or in another --run")
 
 
 def test_a_stage_that_fails_is_what_is_told_of(monkeypatch):
-    stages = train.Stages(train.parse(["images", "--out", "o", "--clip", "c"]), None,
-                          SimpleNamespace(spent={}), time.time())
+    settings, given = train.parse(["images", "--out", "o", "--clip", "c"])
+    train.fill_in(settings)
+    stages = Stages(settings, None, SimpleNamespace(spent={}), time.time(), given)
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(stages, "keep_plan", full)
-    with pytest.raises(SystemExit, match="make room"), stages.timed("gpt"):
-        raise SystemExit("make room")
+    with pytest.raises(FloatingPointError, match="lower"), stages.timed("gpt"):
+        raise FloatingPointError("lower")
     with pytest.raises(OSError), stages.timed("gpt"):
         pass
 
 
 def test_the_time_of_reading_counts(source, clip, monkeypatch):
-    a = train.parse([str(source), "--out", "o", "--clip", str(clip), "--time", "60s"])
+    settings, given = train.parse([str(source), "--out", "o", "--clip", str(clip), "--time", "60s"])
+    train.fill_in(settings)
     images = open_images(source)[0]
-    stages = train.Stages(a, Accelerator(cpu=True), SimpleNamespace(
-        size=32, seconds=60, n_images=1000), time.time())
+    stages = Stages(settings, Accelerator(cpu=True), SimpleNamespace(
+        size=32, seconds=60, n_images=1000), time.time(), given)
     stages.vqgan = str(clip)
-    assert "--limit" not in stages.views(images)
+    assert "limit" not in stages.views(images)
 
     def slow(*_):
         time.sleep(0.5)
         raise UnreadableImage("nothing")
 
     monkeypatch.setattr(images, "image", slow)
-    flags = stages.views(images)
-    assert flags[-2] == "--limit" and int(flags[-1]) == 64  # the least
+    assert stages.views(images)["limit"] == 64  # the least
 
 
 def test_names_that_are_no_utf_8_can_be_written():
@@ -211,9 +251,8 @@ def test_names_that_are_no_utf_8_can_be_written():
 def test_sizes_make_a_vqgan_of_16_codes_a_side_at_most(source, cuda, size):
     images: Images = open_images(source)[0]
     chosen, vqgan, _ = new_sizes(images, size, cuda, 3600)
-    levels = vqgan[vqgan.index("--channels") + 1].count(",") + 1
-    assert chosen == size and size % 2 ** (levels - 1) == 0
-    assert 4 <= size // 2 ** (levels - 1) <= 16
+    settings = VQGANSettings(images="images", run="run", **vqgan)
+    assert chosen == size and 4 <= make_vqgan(settings).config.grid <= 16
 
 
 @pytest.mark.slow

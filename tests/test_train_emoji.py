@@ -1,89 +1,99 @@
-"""The recipe of the default bundle: flags that its commands take, stops that lose nothing."""
+"""The recipe of the default bundle: settings that fit, stops that lose nothing."""
 
-import json
 import os
-import re
-import shlex
 import signal
-import threading
-from importlib import import_module
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from scripts.data.presets import open_images
 from scripts.emoji import scenes
-from scripts.emoji import train as train_emoji
+from scripts.emoji import train as emoji
+from scripts.training.cli import Stopped, setting
+from scripts.training.vqgan import make_vqgan
 
 
-@pytest.mark.parametrize("preset", list(train_emoji.PRESETS))
-def test_every_command_is_taken_by_its_script(preset, monkeypatch):
+@pytest.mark.parametrize("preset", list(emoji.PRESETS))
+def test_the_parts_fit_together(preset, monkeypatch):
     monkeypatch.setattr(scenes, "find_font", lambda: None)
     monkeypatch.setattr(scenes.Scenes, "draw_all", lambda self: None)
-    seen = []
-    parts = train_emoji.parts(train_emoji.PRESETS[preset], Path("runs/x"), Path("weights/x"))
-    for command in parts.values():
-        module, *flags = shlex.split(command)
-        script = import_module(f"scripts.{module}")
-        if module != "make_bundle":
-            a = script.parse(flags)
-        for flag in flags:
-            if flag.startswith("scenes:"):
-                seen.append(open_images(flag)[0])
-        if module == "train_vqgan" and not a.decoder_of:
-            assert script.make_vqgan(a).config.grid == 16
+    parts = emoji.parts(emoji.PRESETS[preset], Path("runs/x"), Path("weights/x"))
+    sources = [value for part in parts.values() for name, value in vars(part).items()
+               if name in ("images", "validation") and value]
+    seen = [open_images(source)[0] for source in sources]
     trained = {seed for each in seen if len(each) > 10_000 for seed in (each.seeds[0],
                                                                          each.seeds[-1])}
     others = [each.seeds[0] for each in seen if len(each) <= 10_000]
     assert len({each.objects for each in seen}) == len({each.size for each in seen}) == 1
     assert min(others) > max(trained) and len(others) == 4
     assert [each.held_out for each in seen].count(True) == 2
+    assert make_vqgan(parts["vqgan"]).config.grid == 16
+    assert parts["decoder"].decoder_of == parts["encode"].vqgan == str(parts["vqgan"].run)
+    assert parts["bundle"].vqgan == str(parts["decoder"].run)
+    assert parts["gpt"].shards == parts["encode"].out and parts["bundle"].gpt == parts["gpt"].run
 
 
 def test_the_gpu_preset_shares_its_minutes_out():
     def seconds(training):
-        parts = train_emoji.parts(train_emoji.PRESETS["gpu"], Path("run"), Path("out"), training)
-        return {name: int(found[1]) for name, command in parts.items()
-                if (found := re.search("--time ([0-9]+)s ", command))}
+        parts = emoji.parts(emoji.PRESETS["gpu"], Path("run"), Path("out"), training)
+        return {name: part.time for name, part in parts.items() if getattr(part, "time", None)}
 
     assert set(seconds(12)) == {"clip", "vqgan", "gpt", "decoder"}
-    assert sum(seconds(12).values()) == pytest.approx(720, abs=2)
-    assert seconds(24)["gpt"] == pytest.approx(2 * seconds(12)["gpt"], abs=2)
+    assert sum(seconds(12).values()) == pytest.approx(720)
+    assert seconds(24)["gpt"] == pytest.approx(2 * seconds(12)["gpt"])
 
 
-def test_it_stops_in_time_goes_on_and_adds_up_seconds(tmp_path, monkeypatch, capfd):
+@dataclass
+class Nap:
+    """A part that does nothing but end in some way."""
+
+    name: str = setting()
+    ends: str = setting("well", free=True)
+    kind: str = setting("usual")
+
+
+def test_it_stops_in_time_goes_on_and_adds_up_seconds(tmp_path, capfd):
     """A part that is told to stop is begun again, those before it are not."""
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "__init__.py").touch()
-    (tmp_path / "scripts" / "wait.py").write_text(
-        "import json, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "open('marks', 'a').write(sys.argv[1])\n"
-        "seconds, status = json.load(open('plan'))[sys.argv[1]]\n"
-        "time.sleep(seconds)\nsys.exit(status)\n")
-    monkeypatch.chdir(tmp_path)
-    plan, marks = {"a": (0, 0), "b": (60, 0), "c": (0, 0)}, tmp_path / "marks"
-    commands = {name: f"wait {name}" for name in plan}
-    monkeypatch.setattr(train_emoji, "parts", lambda *_: commands)
+    begun = []
 
-    def run(*more, **changes):
-        (tmp_path / "plan").write_text(json.dumps(plan | changes))
-        return train_emoji.main(["--run", "run", "--out", "out", *more])
+    def nap(settings):
+        begun.append(settings.name)
+        if settings.ends == "asleep":
+            time.sleep(600)
+        elif settings.ends == "told to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif settings.ends == "wrong":
+            raise ValueError("no such nap")
 
-    with pytest.raises(SystemExit, match="b is not finished: the same command goes on"):
-        run("--minutes", "0.03")
-    assert marks.read_text() == "ab"
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(SystemExit, match="b is not finished: the same command goes on"):
-        run()
-    with pytest.raises(SystemExit, match="b failed with status 3"):
-        run(b=(0, 3))
-    commands["b"] = "wait b other"  # what is not done may be done otherwise
-    spent = run(b=(0, 0))
-    assert marks.read_text() == "abbbbc" and set(spent) == {"a", "b", "c", "all"}
-    assert spent["b"] > 2 and spent["all"] == pytest.approx(sum(spent[k] for k in "abc"), abs=0.1)
-    assert run() == spent and marks.read_text() == "abbbbc"
-    assert "python -m scripts.wait c\n" in capfd.readouterr().err
-    commands["c"] = "wait other"
-    with pytest.raises(SystemExit, match="run holds c made by other settings"):
-        run()
+    def do_all(minutes=float("inf"), **changes):
+        naps = {name: changes.get(name, Nap(name)) for name in "abc"}
+        return emoji.do_all(tmp_path / "run", naps, time.monotonic() + 60 * minutes, nap)
+
+    with pytest.raises(Stopped):
+        do_all(0.0, a=Nap("a", "asleep"))
+    assert begun in ([], ["a"])  # the time may be over before it begins
+    begun.clear()
+    with pytest.raises(Stopped):
+        do_all(b=Nap("b", "told to stop"))
+    assert begun == list("ab")
+    with pytest.raises(ValueError, match="no such nap"):
+        do_all(b=Nap("b", "wrong"))
+    spent = do_all(b=Nap("b", kind="other"))  # what is not done may be done otherwise
+    assert begun == list("abbbc") and set(spent) == {"a", "b", "c", "all"}
+    assert spent["all"] == pytest.approx(sum(spent[k] for k in "abc"), abs=0.1)
+    assert do_all(b=Nap("b", kind="other")) == spent and begun == list("abbbc")
+    assert "c: --name c" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"other settings \(c.kind usual became new\)"):
+        do_all(b=Nap("b", kind="other"), c=Nap("c", kind="new"))
+
+
+def test_the_command_says_in_a_sentence_why_it_ends(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise Stopped("stopped here", signal.SIGTERM)
+
+    monkeypatch.setattr(emoji, "do_all", stopped)
+    with pytest.raises(SystemExit) as end:
+        emoji.main(["--run", str(tmp_path)])
+    assert end.value.code == 143 and capsys.readouterr().err == "stopped here\n"

@@ -1,10 +1,11 @@
-"""The training scripts as real processes, from a folder of images to a bundle that generates."""
+"""The training scripts, from a folder of images to a bundle that generates."""
 
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,22 +15,33 @@ from clipgen import ClipGen
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts import train_clip, train_vqgan
 from scripts.data.presets import open_images
-from scripts.evaluation.scores import entropy, psnr, ssim
-from scripts.train_gpt import Reconstruction, centre, perturbation
-from scripts.train_vqgan import restart_dead_codes, whiten
+from scripts.evaluation.metrics import entropy, psnr, ssim
+from scripts.training.gpt import perturbation
 from scripts.training.loading import CODES, fingerprint, load_vqgan
-from scripts.training.losses import Discriminator
+from scripts.training.losses import Discriminator, EmbeddingReconstruction, centre
 from scripts.training.optim import learning_rate
+from scripts.training.vqgan import restart_dead_codes, whiten
 from tests.micro import micro_clip, micro_vqgan
 from tests.sprites import drawn_scenes
 
 
-def run(script, *arguments, fails=False):
+def as_process(script, *arguments):
+    """The line of JSON that a command prints last."""
     result = subprocess.run([sys.executable, "-m", f"scripts.{script}", *map(str, arguments)],
                             capture_output=True, text=True)
-    assert (result.returncode != 0) == fails, result.stderr
+    assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    return result.stderr if fails else json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run(script, *arguments, fails=False):
+    """What a command's main returns in this process, or the sentence with which it fails."""
+    main = import_module(f"scripts.{script}").main
+    if not fails:
+        return main([*map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, arguments)])
+    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,7 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     assert 0 < scores["psnr_db"] < 60 and 0 < scores["codebook_usage"] <= 1
     assert -1 <= scores["ssim"] <= 1 and 1 <= scores["codebook_perplexity"] <= 32
     assert (vqgan / "grid.png").is_file()
-    manifest = run("encode_images", folder, shards, "--clip", clip, "--vqgan", vqgan)
+    manifest = as_process("encode_images", folder, shards, "--clip", clip, "--vqgan", vqgan)
     assert manifest["train_images"] == 61 and manifest["codebook_size"] == 32
     # The decoder can be trained further without spoiling the shards.
     decoder = tmp_path / "decoder"
@@ -84,7 +96,8 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     error = run("train_gpt", shards, "--run", gpt, "--steps", 9, *size, fails=True)
     assert "other settings" in error and "steps 4 became 9" in error
     bundle = tmp_path / "bundle"
-    run("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", gpt, "--guidance", 2)
+    as_process("make_bundle", bundle, "--clip", clip, "--vqgan", decoder, "--gpt", gpt,
+               "--guidance", 2)
     model = ClipGen.load(bundle)
     text = open_images(folder)[0].captions(0)[0]
     images = model.generate(text, num_images=2, candidates=3, seed=0)
@@ -185,11 +198,11 @@ def test_right_codes_have_no_reconstruction_loss(own, mean):
     embedding = centre(clip.embed_pixels(vqgan.decode(codes)), less)
     logits = 50.0 * torch.nn.functional.one_hot(codes.flatten(1), 64)
     logits.requires_grad_(True)
-    loss = Reconstruction(clip, vqgan)(logits, embedding, less)
+    loss = EmbeddingReconstruction(clip, vqgan)(logits, embedding, less)
     assert loss.item() == pytest.approx(0, abs=1e-4)
     loss.backward()
     assert logits.grad.isfinite().all()
-    wrong = Reconstruction(clip, vqgan)(logits.roll(1, 2), embedding, less)
+    wrong = EmbeddingReconstruction(clip, vqgan)(logits.roll(1, 2), embedding, less)
     assert wrong > loss + 1e-3
 
 

@@ -1,12 +1,12 @@
-"""What scripts.evaluate says of a bundle of the default world, by a judge that is easy to read."""
+"""What emoji.evaluate says of a bundle of its world, by a judge that is easy to read."""
 
 import pytest
 import torch
 
-from scripts.emoji import evaluate as world_scores
+from scripts.emoji import scores as world_scores
 from scripts.emoji import world
-from scripts.emoji.evaluate import Prompts, paired_scores, text_scores
 from scripts.emoji.prompts import held_out_labels, with_seen_places
+from scripts.emoji.scores import Prompts, paired_scores, text_scores
 from scripts.emoji.world import Labels
 
 OBJECTS = 12

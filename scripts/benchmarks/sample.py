@@ -45,7 +45,7 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.pipeline import to_image
 from clipgen.sampling import ROWS, Block, Sampler, Settings, draw, filter_logits, uniforms
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts.benchmark import settle
+from scripts.benchmarks.device import settle
 from scripts.training.cli import positive, whole
 from scripts.training.trainer import memory_gb
 
@@ -109,7 +109,7 @@ def hugging_face(gpt: GPT) -> Any:
         from transformers import GPT2Config, GPT2LMHeadModel
         from transformers.utils import logging
     except ImportError:
-        raise SystemExit("--baseline transformers needs the package transformers: pip install "
+        raise ValueError("--baseline transformers needs the package transformers: pip install "
                          "transformers") from None
     logging.set_verbosity_error()
     c = gpt.config

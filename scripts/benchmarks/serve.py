@@ -36,7 +36,7 @@ LONGEST = 600  # seconds that a start or a request may take
 
 @contextlib.contextmanager
 def serving(weights: Path) -> Iterator[str]:
-    """The URL of a server of that bundle, which is READY; SystemExit with its log if it fails."""
+    """The URL of a READY server of that bundle.  ChildProcessError, its log: it failed."""
     with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
         directory = Path(name)
         (directory / "predict.py").symlink_to(ROOT / "predict.py")
@@ -63,7 +63,8 @@ def serving(weights: Path) -> Iterator[str]:
                     status = answer(f"{url}/health-check")["status"]
                 time.sleep(0.02)
             if status != "READY":
-                raise SystemExit(f"the server is {status}: {(directory / 'log').read_text()}")
+                raise ChildProcessError(
+                    f"the server is {status}: {(directory / 'log').read_text()}")
             yield url
         finally:
             process.terminate()
@@ -94,7 +95,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             result = answer(f"{url}/predictions", {"input": inputs})
             whole.append(time.perf_counter() - began)
             if result["status"] != "succeeded":
-                raise SystemExit(f"the server answered {result['error']}")
+                raise ChildProcessError(f"the server answered {result['error']}")
             model.append(codes / result["metrics"]["codes_per_second"])
     added = [w - m for w, m in zip(whole[1:], model[1:], strict=True)]  # the first is warm-up
     request = statistics.median(whole[1:])
@@ -121,6 +122,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--outputs", type=number(int, 1, 8), default=4, help="(4)")
     a = p.parse_args(arguments)
     if not (a.weights / "config.json").is_file():
-        raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
+        raise ValueError(f"--weights {a.weights} is no bundle, it has no config.json")
     a.candidates = max(a.candidates, a.outputs)
     return a

@@ -89,7 +89,7 @@ def one_process(weights: Path, device: str) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-c", CHILD, str(weights), device], cwd=ROOT, text=True,
                           capture_output=True)
     if done.returncode:
-        raise SystemExit(done.stderr.strip().splitlines()[-1])
+        raise ChildProcessError(done.stderr.strip().splitlines()[-1])
     times, cold = json.loads(done.stdout)
     times = [began, *times]
     parts = {name: after - before
@@ -131,6 +131,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--times", type=positive, default=3, help="processes (3)")
     a = p.parse_args(arguments)
     if not (a.weights / "config.json").is_file():
-        raise SystemExit(f"--weights {a.weights} is no bundle, it has no config.json")
+        raise ValueError(f"--weights {a.weights} is no bundle, it has no config.json")
     a.weights = a.weights.resolve()
     return a

@@ -4,7 +4,7 @@
 
 clipgen   the step of `scripts.train_gpt` itself; codes and embeddings are read from shards
           (temporary ones of random codes, read as any others)
-public    the same step, of the same GPT with the same optimiser, moving average and batch, but in
+public    the same step, of the same GPT with the same optimizer, moving average and batch, but in
           float32 and not compiled, and VQGAN and CLIP make the codes and embeddings from pixels
           in every step; the pixels are in memory, so that reading files and decoding them, which
           the public way does as well, is not counted; nor is torch's default of TF32 in
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import itertools
 import statistics
 import sys
@@ -41,15 +40,23 @@ from clipgen.clip import CLIP, CLIPConfig
 from clipgen.device import default_dtype
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts import train_gpt
-from scripts.benchmark import settle
+from scripts.benchmarks.device import settle
 from scripts.data import shards
-from scripts.training import trainer
 from scripts.training.cli import positive
+from scripts.training.gpt import (
+    OPTIMIZERS,
+    GPTSettings,
+    GPTTask,
+    make_gpt,
+    operations_per_code,
+    peak_flops,
+)
+from scripts.training.run_directory import memory_gb
+from scripts.training.trainer import Part, State, start
 
 IMAGES, CROPS = 4096, 4  # of the temporary shards
 BLOCKS = 10  # of steps, of each way, at most
-WARM_UP = 2  # steps of each way: the first compiles, and allocates the optimiser's state
+WARM_UP = 2  # steps of each way: the first compiles, and allocates the optimizer's state
 
 
 class Pixels:
@@ -71,16 +78,16 @@ class Pixels:
         return self.vqgan.encode(pixels).flatten(1), self.clip.embed_pixels(pixels)
 
 
-def parts(size: str) -> tuple[CLIP, VQGAN, list[str]]:
-    """CLIP, VQGAN and the flags with which `train_gpt` makes the GPT of that size."""
+def parts(size: str) -> tuple[CLIP, VQGAN, dict[str, Any]]:
+    """CLIP, VQGAN and the settings with which `train_gpt` makes the GPT of that size."""
     if size == "published":
         gpt = GPTConfig.published()
         return (CLIP(CLIPConfig.published()).eval(), VQGAN(VQGANConfig.published()).eval(),
-                [f"--layers={gpt.layers}", f"--width={gpt.width}", f"--heads={gpt.heads}"])
+                {"layers": gpt.layers, "width": gpt.width, "heads": gpt.heads})
     if not (Path(size) / "config.json").is_file():
-        raise SystemExit(f"--size {size} is neither 'published' nor the directory of a bundle, it "
+        raise ValueError(f"--size {size} is neither 'published' nor the directory of a bundle, it "
                          "has no config.json: give for example weights/emoji")
-    return bundle.load_clip(size), bundle.load_vqgan(size), [f"--from={size}"]
+    return bundle.load_clip(size), bundle.load_vqgan(size), {"start_from": size}
 
 
 def write_random_shards(directory: Path, vqgan: VQGANConfig, embedding_dim: int) -> None:
@@ -96,23 +103,24 @@ def write_random_shards(directory: Path, vqgan: VQGANConfig, embedding_dim: int)
         "parts": {"train": [shards.describe_shard(directory, "train", 0)]}})
 
 
-def make_training(flags: list[str]) -> train_gpt.GPTTraining:
-    """The training that `scripts.train_gpt` would do with these flags, its grids left out."""
-    a = train_gpt.parse([*flags, "--run=unused"])
-    accelerator = trainer.start(a.dtype, a.seed)
-    data = shards.read_shards(a.shards)
-    return train_gpt.GPTTraining(a, accelerator, a.steps, train_gpt.make_gpt(a, data), data, data,
-                                 means=None, reconstruction=None, vqgan=None)
+class PublicTask(GPTTask):
+    """The same training in float32 and not compiled, whatever the precision of the process is."""
+
+    def parts(self) -> dict[str, Part]:
+        self.accelerator = copy.copy(self.accelerator)
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        self.forward = self.model
+        optimizers = OPTIMIZERS[self.settings.optimizer](self.model, self.settings.lr,
+                                                        self.settings.decay)
+        return {"model": Part(self.model, optimizers, self.loss)}
 
 
-def the_public_way(training: train_gpt.GPTTraining, pixels: Pixels) -> train_gpt.GPTTraining:
-    """The same training on the same weights, in float32, not compiled, and from pixels."""
-    public = copy.copy(training)
-    public.data = pixels
-    public.accelerator = copy.copy(training.accelerator)
-    public.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-    public.wrapped = functools.partial(GPT.forward, training.gpt)  # the class's: as nothing wraps
-    return public
+def make_training(kind: type[GPTTask], settings: GPTSettings, gpt: GPT,
+                  data: shards.Shards | Pixels) -> State:
+    """The training that `scripts.train_gpt` would do with these settings, its grids left out."""
+    accelerator = start(settings.dtype, settings.seed)
+    return State(kind(settings, accelerator, gpt, data, data), settings, accelerator,
+                 settings.steps)
 
 
 def seconds(call: Callable[[], Any], times: int, device: torch.device) -> float:
@@ -132,24 +140,28 @@ def warm_up(call: Callable[[], Any], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds(call, 1, device)
-    return round(1e9 * trainer.memory_gb(device))
+    return round(1e9 * memory_gb(device))
 
 
 def measure(a: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    clip, vqgan, flags = parts(a.size)
+    clip, vqgan, sizes = parts(a.size)
     device = PartialState(cpu=a.device == "cpu").device
     number = itertools.count()
     with tempfile.TemporaryDirectory() as directory:
         write_random_shards(Path(directory), vqgan.config, clip.embedding_dim)
-        training = make_training([directory, *flags, f"--batch={a.batch}", f"--dtype={a.dtype}",
-                                  *["--compile"] * a.compile])
+        settings = GPTSettings(shards=Path(directory), run=Path("unused"), batch=a.batch,
+                               dtype=a.dtype, compile=a.compile, **sizes)
+        data = shards.read_shards(settings.shards)
+        gpt = make_gpt(settings, data)
+        training = make_training(GPTTask, settings, gpt, data)
         calls = {"clipgen": lambda: training.step(next(number))}
         memory = {"clipgen": warm_up(calls["clipgen"], device)}  # before the encoders come
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         pixels = Pixels(a.batch, clip, vqgan, device)
-        public = the_public_way(training, pixels)
+        public = make_training(PublicTask, settings, gpt, pixels)
         calls["public"] = lambda: public.step(next(number))
-        memory["public"] = warm_up(calls["public"], device)
+        memory["public"] = warm_up(calls["public"], device) - held
         batch = torch.arange(a.batch)
         calls["encoding"] = lambda: pixels.rows(batch, batch)
         took = {name: [] for name in calls}
@@ -158,11 +170,11 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
             for name, call in calls.items():
                 took[name].append(seconds(call, min(block, a.steps - first), device))
     each = {name: statistics.median(values) for name, values in took.items()}
-    length, peak = training.data.length, train_gpt.peak_flops(device)
+    length, peak = data.length, peak_flops(device)
     results = []
     for name in memory:
         codes = a.batch * length / each[name]
-        operations = train_gpt.operations_per_code(training.gpt) * codes
+        operations = operations_per_code(gpt) * codes
         results.append({
             "name": name, "images_per_s": codes / length, "codes_per_s": codes,
             "ms_per_step": 1000 * each[name], "tflops": operations / 1e12,

@@ -3,24 +3,30 @@
     images, validation = open_images("photos/")           # any depth; or photos.zip, photos.tar
     images, validation = open_images("data/{0000..0099}.tar")
     images, validation = open_images("coco:/data/coco")   # PRESETS below
-    images, validation = open_images("scenes:80000")      # drawn by scripts.emoji.scenes
+    images, validation = open_images("scenes:80000")      # one of SOURCES
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.data import SOURCES
 from scripts.data.captions import read_captions
 from scripts.data.images import Images, keys_of, open_all
 
 
 def _expand(pattern: str) -> list[str]:
-    from webdataset.shardlists import expand_urls
+    from braceexpand import UnbalancedBracesError, braceexpand
 
-    paths = expand_urls(pattern)
+    try:
+        paths = list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise ValueError(f"{pattern} has braces that do not match: write it as in "
+                         "'FOLDER/{0000..0099}.tar'") from None
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(f"{len(missing)} of the {len(paths)} shards of {pattern} do not exist, "
@@ -80,12 +86,15 @@ def open_images(source: str | Path, captions: Path | None = None) -> tuple[Image
     """
     source = str(source)
     preset, _, root = source.partition(":")
-    if preset == "scenes":
-        from scripts.emoji.scenes import Scenes
-
+    if preset in SOURCES:
         if captions:
             raise ValueError(f"{source} has captions of its own: leave {captions} out")
-        return Scenes.parse(root), None
+        return SOURCES[preset](root)
+    if re.fullmatch("[a-z]{2,}", preset) and root and preset not in PRESETS and not (
+            os.path.exists(source) or "{" in source):
+        raise ValueError(f"{source}: {preset} is no source of images; there are "
+                         f"{', '.join(sorted([*PRESETS, *SOURCES]))}, folders, zips, tars and "
+                         "shards")
     if preset in PRESETS and root:
         images, validation = PRESETS[preset](Path(root).expanduser())
     elif "{" in source and not os.path.exists(source):

@@ -2,7 +2,7 @@
 
     python -m scripts.emoji.baseline_vqgan_clip weights/emoji [--prompts 32] [--steps 300]
 
-VQGAN-CLIP (arXiv 2204.08583) has no GPT: for every text it optimises the VQGAN's latent by Adam
+VQGAN-CLIP (arXiv 2204.08583) has no GPT: for every text it optimizes the VQGAN's latent by Adam
 until CLIP finds the decoded image, seen through random cut-outs, near to the text.  Texts are those
 of scripts.evaluate about pairs that training never showed, the judge is the same, and Fréchet
 distances are to the same fresh renders; below 161 texts they are mostly bias,
@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 from clipgen import ClipGen
 from clipgen.pipeline import to_image
-from scripts import evaluate
 from scripts.emoji.judge import Judge, draw_labelled, load_judge, share
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import Labels
 from scripts.evaluation import metrics
 from scripts.evaluation.figures import sheet
 from scripts.evaluation.report import print_named
-from scripts.train_gpt import centre
+from scripts.evaluation.scores import fit, sample, unknown_words
 from scripts.training.cli import number, positive, seed
+from scripts.training.losses import centre
 
-TOGETHER = 8  # texts optimised at once
+TOGETHER = 8  # texts optimized at once
 
 
 def cut_outs(pixels: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -52,7 +52,7 @@ def cut_outs(pixels: Tensor, count: int, size: int, generator: torch.Generator) 
     return cut + 0.05 * torch.randn(cut.shape, generator=generator).to(cut)
 
 
-def optimise(model: ClipGen, texts: list[str], steps: int, cuts: int, rate: float,
+def optimize(model: ClipGen, texts: list[str], steps: int, cuts: int, rate: float,
              seed: int) -> Tensor:
     """One image of each text by VQGAN-CLIP: uint8 (N, 3, S, S)."""
     clip, vqgan = model.clip, model.vqgan
@@ -84,9 +84,9 @@ def scores(model: ClipGen, judge: Judge, images: Tensor, texts: list[str], label
            real: Tensor) -> dict[str, float]:
     right = judge.right(images.float() / 255, labels)
     a, b = (judge.embed(x.float() / 255).numpy() for x in (images, real))
-    fit = evaluate.fit(model.clip, images, texts, 0)
+    near = fit(model.clip, images, texts, 0)
     return {"object_right": share(right["objects"]), "place_right": share(right["place"]),
-            "time_right": share(right["time"]), "clip_score": fit["clip_score"],
+            "time_right": share(right["time"]), "clip_score": near["clip_score"],
             "frechet_distance": metrics.frechet_distance(a, b), "mmd": metrics.mmd(a, b)}
 
 
@@ -107,7 +107,9 @@ def main(arguments: list[str] | None = None) -> dict:
         model, judge = ClipGen.load(a.bundle), load_judge()
         labels = held_out_labels(a.prompts, len(judge.objects), a.seed)
         texts = texts_of(labels, a.seed)
-        evaluate.check_texts(model, texts, world=True)
+        if unknown := unknown_words(model, texts):
+            raise ValueError("this bundle was not trained on the world of the default one, its "
+                             f"CLIP never saw {unknown[0]!r}: give weights/emoji")
         real = draw_labelled(labels, model.vqgan.config.image_size, [a.seed, 7])
     except ValueError as error:
         raise SystemExit(str(error)) from None
@@ -116,12 +118,12 @@ def main(arguments: list[str] | None = None) -> dict:
     made, results = {}, {}
     for candidates in (1, 16):
         name = f"CLIP-GEN, best of {candidates}"
-        made[name], _, seconds = evaluate.sample(model, texts, a.seed, candidates,
+        made[name], _, seconds = sample(model, texts, a.seed, candidates,
                                                  asdict(model.sampling))
         results[name] = {"seconds_per_image": seconds / len(texts)}
     name, began, parts = f"VQGAN-CLIP, {a.steps} steps", time.perf_counter(), []
-    for start in tqdm(range(0, len(texts), TOGETHER), desc="optimising"):
-        parts.append(optimise(model, texts[start:start + TOGETHER], a.steps, a.cuts, a.rate,
+    for start in tqdm(range(0, len(texts), TOGETHER), desc="optimizing"):
+        parts.append(optimize(model, texts[start:start + TOGETHER], a.steps, a.cuts, a.rate,
                               a.seed + start))
     made[name] = torch.cat(parts)
     results[name] = {"seconds_per_image": (time.perf_counter() - began) / len(texts)}

@@ -1,117 +1,112 @@
-"""What the judge says of a bundle of the default world: the scores of `evaluate --prompts N`."""
+"""Score the default bundle, or another one of its world: does a judge see what the texts say?
+
+    python -m scripts.emoji.evaluate weights/emoji [--prompts 1000] [--sheet docs/sheet.png]
+
+--prompts N     texts about things in places where the training of the default bundle never showed
+                them, and N / 5 of two things; see scripts/emoji/scores.py for what the scores mean.
+                It needs the emoji font: apt install fonts-noto-color-emoji.
+
+The scores of scripts.evaluate are there too; --images and --features add distances to real images.
+Progress goes to stderr; stdout is a Markdown table and, as its last line, JSON.
+"""
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import time
 
-import torch
 from torch import Tensor
 
-from clipgen import ClipGen
-from scripts.emoji.judge import FRESH_SEED, Judge, draw_labelled, score_on_renders, share
-from scripts.emoji.prompts import (
-    held_out_labels,
-    texts_of,
-    with_second_object,
-    with_seen_places,
+from scripts.emoji.judge import load_judge
+from scripts.emoji.scores import (
+    Prompts,
+    judged_on_renders,
+    paired_scores,
+    quality_scores,
+    text_scores,
 )
-from scripts.emoji.world import Labels
-from scripts.evaluation import metrics
-from scripts.evaluation.scores import copy_scores
+from scripts.evaluation.report import print_table
+from scripts.evaluation.scores import (
+    Conditions,
+    EvaluationSettings,
+    check,
+    enough_memory,
+    evaluate,
+    load_model,
+    rounded,
+    sample,
+    save_sheet,
+    unknown_words,
+)
+from scripts.training.cli import Parser, add_settings, number, one_sentence, settings_of
+from scripts.training.loading import load_clip
 
-PAIRS_OF = 5  # one text of two objects for so many of one
-# (texts or images uint8 (N, 3, S, S), candidates) -> per text the best of its candidates and the
-# first of them, both uint8 (N, 3, S, S)
-Sample = Callable[[Sequence[str] | Tensor, int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Texts of held-out pairs of object and place: `ones` of one object, then `twos` of two."""
-
-    ones: list[Labels]
-    twos: list[Labels]
-    texts: list[str]  # of ones, then of twos
-
-    @classmethod
-    def draw(cls, count: int, objects: int, seed: int) -> Prompts:
-        ones = held_out_labels(count, objects, seed)
-        twos = with_second_object(ones[:count // PAIRS_OF], objects, seed)
-        return cls(ones, twos, texts_of([*ones, *twos], seed))
-
-
-def judged_on_renders(judge: Judge, size: int) -> float:
-    """The judge's share right on 1,000 new renders, of the question it answers worst."""
-    first = FRESH_SEED + random.SystemRandom().randrange(10**8)
-    shares = score_on_renders(judge, 1000, first, size)
-    print(f"judge on 1,000 new renders from seed {first}: {shares}", file=sys.stderr)
-    return min(shares.values())
+COLUMNS = {
+    "bundle": "bundle", "n_generated": "images", "candidates": "best of", "guidance": "guidance",
+    "object_right": "object right", "object_right_one_candidate": "with 1 candidate",
+    "both_objects_right": "both objects right", "place_right": "place right",
+    "time_right": "time right", "text_over_image": "text / image", "psnr_db": "PSNR",
+    "frechet_ratio": "FD / FD of copies", "clip_score": "CLIP score ↑", "retrieval_r1": "R@1 ↑",
+    "seconds_per_image": "s/image",
+}
 
 
-def text_scores(judge: Judge, prompts: Prompts, best: Tensor, first: Tensor) -> dict[str, float]:
-    """Shares of texts whose image, uint8 (N, 3, S, S), is right: the best of the candidates, and
-    the first of them.  Wrong ones of the best are named on stderr."""
-    labels, n = [*prompts.ones, *prompts.twos], len(prompts.ones)
-    right, single = (judge.right(images.float() / 255, labels) for images in (best, first))
-    for i, text in enumerate(prompts.texts):
-        if wrong := [question for question, hits in right.items() if hits[i] is False]:
-            print(f"wrong {', '.join(wrong)}: {text}", file=sys.stderr)
-    scores = {"object_right": share(right["objects"][:n]),
-              "object_right_one_candidate": share(single["objects"][:n]),
-              "place_right": share(right["place"]), "time_right": share(right["time"])}
-    if prompts.twos:
-        scores["both_objects_right"] = share(right["objects"][n:])
-        scores["both_objects_right_one_candidate"] = share(single["objects"][n:])
-    return scores
+def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, int]:
+    """The settings, and the number of texts."""
+    p = Parser(prog="scripts.emoji.evaluate", description=__doc__, allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(p, EvaluationSettings, without=("count",))
+    p.add_argument("--prompts", type=number(int, 2, 10**6), default=200,
+                   help="texts of one thing (200)")
+    p.set_defaults(count=None)
+    a = p.parse_args(arguments)
+    return settings_of(EvaluationSettings, a), a.prompts
 
 
-def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample, size: int,
-                  seed: int) -> dict[str, float]:
-    """One candidate each: pairs that training never showed against pairs that it may have shown,
-    and texts against the embeddings of renders that show the same."""
-    def right(conditions: Sequence[str] | Tensor, labels: list[Labels]) -> float:
-        return share(judge.right(sample(conditions, 1)[1].float() / 255, labels)["objects"])
+def judged(s: EvaluationSettings, count: int) -> dict:
+    """The result of the evaluation with the judge's scores."""
+    began, judge = time.time(), load_judge()
+    prompts = Prompts.draw(count, len(judge.objects), s.seed)
+    model = load_model(s)
+    size = model.vqgan.config.image_size
+    if unknown := unknown_words(model, prompts.texts):
+        raise ValueError("this bundle was not trained on the world of the default one, its CLIP "
+                         f"never saw {', '.join(map(repr, unknown[:3]))}: score it with "
+                         "scripts.evaluate")
+    scores = {"judge_on_renders": judged_on_renders(judge, size)}
+    scoring = load_clip(s.score_clip) if s.score_clip else None
+    found = evaluate(s, model, prompts.texts, scoring)
 
-    n = len(prompts.ones)
-    unseen = share(judge.right(first[:n].float() / 255, prompts.ones)["objects"])
-    moved = with_seen_places(prompts.ones, seed)
-    seen = right(texts_of(moved, seed), moved)
-    of_images = right(draw_labelled(prompts.ones, size, [seed, 5]), prompts.ones)
-    return {"object_right_unseen_pairs": unseen, "object_right_seen_pairs": seen,
-            "object_right_of_images": of_images,
-            "text_over_image": unseen / max(of_images, 1e-9)}
+    def again(conditions: Conditions, candidates: int) -> tuple[Tensor, Tensor]:
+        return sample(model, conditions, s.seed + 1, candidates, found.sampling)[:2]
+
+    with enough_memory(s.candidates):
+        scores |= text_scores(judge, prompts, found.best, found.first)
+        scores |= paired_scores(judge, prompts, found.first, again, size, s.seed)
+        scores |= quality_scores(model, judge, prompts, found.best, found.first, size, s.seed)
+    found.result |= rounded(scores) | {
+        "prompts": count, "n_prompts": len(prompts.ones), "n_objects": len(judge.objects),
+        "judge_dimensions": judge.dimensions, "seconds": round(time.time() - began, 1)}
+    if s.sheet:
+        save_sheet(s.sheet, found, prompts.texts)
+    return found.result
 
 
-@torch.no_grad()
-def quality_scores(model: ClipGen, judge: Judge, prompts: Prompts, best: Tensor, first: Tensor,
-                   size: int, seed: int) -> dict[str, float]:
-    """The VQGAN's copies of held-out renders, and Fréchet distances on the judge's features: of the
-    best of the candidates, the first of them, those copies and what is copied.
+def main(arguments: list[str] | None = None) -> dict:
+    """The result, which is also the last line of stdout."""
+    settings, count = parse(arguments)
+    with one_sentence():
+        check(settings)
+        result = judged(settings, count)
+    columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
+    print_table([*columns.values()], [[result[key] for key in columns]])
+    print(json.dumps(result))
+    if result["judge_on_renders"] < 0.99:
+        raise SystemExit("the judge gets fewer than 99 % of new renders right, so its word counts "
+                         "for little: train it again with scripts.emoji.judge --train")
+    return result
 
-    All distances are to the same real renders, which are neither copied nor sampled from; the
-    last, "real", is the least there can be with so few.
-    """
-    n = len(prompts.ones)
-    if n <= judge.dimensions:
-        print(f"{n} images are too few for {judge.dimensions} dimensions: the judge's Fréchet "
-              "distances are mostly bias, and their ratio is nearer to 1 than it should be",
-              file=sys.stderr)
-    originals, others = (draw_labelled(prompts.ones, size, [seed, k]) for k in (6, 7))
-    copies = torch.cat([(model.decode(model.vqgan.encode(part.to(model.clip.device).float() / 255))
-                         * 255).round().to("cpu", torch.uint8) for part in originals.split(32)])
-    copied, _ = copy_scores(model.vqgan, originals)
 
-    def features(images: Tensor) -> Tensor:
-        return torch.cat([judge.embed(part.float() / 255) for part in images.split(64)]).numpy()
-
-    real = features(others)
-    distance, of_first, of_copies, of_real = (
-        metrics.frechet_distance(features(images), real)
-        for images in (best[:n], first[:n], copies, originals))
-    return {"psnr_db": copied["psnr_db"], "codebook_usage": copied["codebook_usage"],
-            "judge_frechet": distance, "judge_frechet_one_candidate": of_first,
-            "judge_frechet_of_copies": of_copies, "judge_frechet_real": of_real,
-            "frechet_ratio": distance / of_copies}
+if __name__ == "__main__":
+    main()

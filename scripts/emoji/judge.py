@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from scripts.emoji.scenes import Scenes, draw_scene, emoji_sprites, find_font
 from scripts.emoji.world import COLOURS, OBJECTS, PLACES, TIMES, Labels
 from scripts.training.cli import number, positive
-from scripts.training.optim import Average, adamw, learning_rate, set_learning_rate
+from scripts.training.optim import EMA, adamw, learning_rate, set_learning_rate
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 ALL_PLACES, ALL_TIMES = [*PLACES, *COLOURS], list(TIMES)
@@ -160,7 +160,7 @@ def train(objects: int, steps: int, batch: int, count: int) -> Judge:
     torch.manual_seed(0)
     judge = Judge(objects)
     targets = judge.targets(labels)
-    average, optimizer = Average(judge, 0.995), adamw(judge, 2e-3, 0.05)
+    average, optimizer = EMA(judge, 0.995), adamw(judge, 2e-3, 0.05)
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(pixels), (batch,), generator=generator)
@@ -176,7 +176,7 @@ def train(objects: int, steps: int, batch: int, count: int) -> Judge:
         average.update(judge, step)
         if (step + 1) % 100 == 0:
             print(f"{step + 1}/{steps}  loss {loss.item():.4f}", file=sys.stderr, flush=True)
-    judge.load_state_dict(average.state)
+    judge.load_state_dict(average.state())
     return judge
 
 

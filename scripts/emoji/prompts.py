@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from scripts.emoji.world import (
@@ -15,15 +13,6 @@ from scripts.emoji.world import (
     Labels,
     write_caption,
 )
-
-
-def world_size(source: str) -> int | None:
-    """The number of texts about the default bundle's world that `source` asks for, if it does."""
-    if not re.fullmatch(r"[-+]?[0-9]+", source):
-        return None
-    if int(source) < 2:
-        raise ValueError(f"--prompts {source}: the number of texts starts at 2")
-    return int(source)
 
 
 def held_out_labels(count: int, objects: int, seed: int) -> list[Labels]:

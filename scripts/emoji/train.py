@@ -3,9 +3,10 @@
     python -m scripts.emoji.train [--preset cpu|gpu] [--out weights/emoji] [--minutes 9]
         [--training 12]
 
-Each part is a command of its own, which is printed.  Stop it at any moment, or after so many
-`--minutes`: the same command goes on from there.  The last line of stdout is JSON, the seconds of
-each part.  It needs the emoji font (see scripts.emoji.scenes), then a judge of the same world:
+Each part is what a command of its own does (train_clip, train_vqgan, encode_images, train_gpt,
+make_bundle); its settings are printed.  Stop it at any moment, or after so many `--minutes`: the
+same command goes on from there.  The last line of stdout is JSON, the seconds of each part.  It
+needs the emoji font (see scripts.emoji.scenes), then a judge of the same world:
 python -m scripts.emoji.judge --train --objects N.
 
 preset cpu: 64 x 64 pixels, 16 x 16 codes, the first 40 objects of the world, on two cores.
@@ -18,19 +19,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
+import os
 import signal
-import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from scripts.data.files import write_text
-from scripts.training.cli import amount, positive
+from scripts.training.bundling import BundleSettings, make_bundle
+from scripts.training.cli import Stopped, amount, one_sentence, positive
+from scripts.training.clip import CLIPSettings, train_clip
+from scripts.training.encoding import EncodeSettings, encode_images
+from scripts.training.gpt import GPTSettings, train_gpt
+from scripts.training.settings import RunSettings, identity, require_same
+from scripts.training.stages import as_flags
+from scripts.training.trainer import start
+from scripts.training.vqgan import VQGANSettings, train_vqgan
 
 HELD, VALIDATION = "first=310000000", "first=300000000"  # seeds that nothing is trained on
+TRAININGS = {CLIPSettings: train_clip, VQGANSettings: train_vqgan, GPTSettings: train_gpt}
+COMMANDS = {EncodeSettings: encode_images, BundleSettings: make_bundle}
 
 
 @dataclass(frozen=True)
@@ -39,87 +52,130 @@ class Preset:
 
     world: str
     count: int  # scenes
-    clip: str
-    vqgan: str
-    encode: str
-    gpt: str
-    decoder: str
+    clip: dict[str, Any]
+    vqgan: dict[str, Any]
+    encode: dict[str, Any]
+    gpt: dict[str, Any]
+    decoder: dict[str, Any]
     keep: str = ""  # scenes of the CLIP, which sees each many times
+    shares: dict[str, float] = field(default_factory=dict)  # of `--training`, instead of steps
 
 
+FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
     "cpu": Preset(
         "objects=40,size=64", 200_000,
-        clip="--size 64 --steps 700 --batch 128",
-        vqgan="--size 64 --channels 32,64,128 --codebook-size 1024 --steps 2600 --batch 8 --gan 0",
-        encode="--limit 160000",
-        gpt="--layers 6 --width 192 --heads 6 --steps 15300 --batch 32 --lr 1.5e-3",
-        decoder="--steps 8200 --batch 8 --gan-start 0.3"),
+        clip={"size": 64, "steps": 700, "batch": 128},
+        vqgan={"size": 64, "patch": 4, "channels": "128", "codebook_size": 1024, "steps": 6000,
+               "batch": 4, "lr": 2e-3, "gan": 0},
+        encode={"limit": 160_000},
+        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 15300, "batch": 32, "lr": 1.5e-3},
+        decoder={"steps": 8200, "batch": 8, "gan_start": 0.3}),
     "gpu": Preset(
         "size=128", 400_000,
-        clip="--size 128 --time 12% --batch 512 --dtype bfloat16 --workers 14",
-        vqgan="--size 128 --channels 48,96,128,160 --codebook-size 2048 --time 33% --batch 64 "
-              "--lr 5e-4 --dtype bfloat16 --workers 14",
-        encode="--workers 14",
-        gpt="--layers 8 --width 288 --heads 6 --time 40% --batch 128 --lr 1e-3 --dtype bfloat16",
-        decoder="--time 15% --batch 64 --gan-start 0.3 --dtype bfloat16 --workers 14",
-        keep=",keep")}
+        clip={"size": 128, "batch": 512, **FAST},
+        vqgan={"size": 128, "channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
+               "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
+        encode={"workers": 14},
+        gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
+             "dtype": "bfloat16"},
+        decoder={"batch": 64, "gan_start": 0.3, **FAST},
+        keep=",keep", shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15})}
 
 
-def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[str, str]:
-    """Part by part the command: a module of this folder and its arguments.
-
-    training: minutes of which a preset's `--time` is a share.
-    """
-    commands = _parts(preset, run, out)
-    return {name: re.sub("--time ([0-9]+)%", lambda m: f"--time {0.6 * training * int(m[1]):.0f}s",
-                         command) for name, command in commands.items()}
-
-
-def _parts(preset: Preset, run: Path, out: Path) -> dict[str, str]:
+def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[str, Any]:
+    """Part by part its settings.  training: minutes that the `shares` of a preset are of."""
     scenes, world = f"scenes:{preset.count},{preset.world}", preset.world
+    held = f"scenes:256,{world},held-out,{HELD}"
     clip, vqgan, shards, gpt, decoder = (run / name for name in (
         "clip", "vqgan", "shards", "gpt", "decoder"))
-    held = f"--validation scenes:256,{world},held-out,{HELD}"
-    exact = "--scale 1 --no-flip"  # a scene is seen as it was drawn
+    exact: dict[str, Any] = {"scale": 1.0, "flip": False}  # a scene is seen as it was drawn
+    times = {name: {"time": 60 * training * share} for name, share in preset.shares.items()}
+
+    def own(name: str) -> dict[str, Any]:
+        return getattr(preset, name) | times.get(name, {})
+
     return {
-        "clip": f"train_clip scenes:60000,{world}{preset.keep} --validation "
-                f"scenes:2000,{world},{VALIDATION} --run {clip} {preset.clip}",
-        "vqgan": f"train_vqgan {scenes} {held} --run {vqgan} --clip {clip} {exact} {preset.vqgan}",
-        "encode": f"encode_images {scenes} {shards} --validation scenes:1000,{world},{VALIDATION} "
-                  f"--clip {clip} --vqgan {vqgan} --crops 1 {exact} {preset.encode}",
-        "gpt": f"train_gpt {shards} --run {gpt} --vqgan {vqgan} --noise 0.4 {preset.gpt}",
+        "clip": CLIPSettings(
+            images=f"scenes:60000,{world}{preset.keep}", run=clip,
+            validation=f"scenes:2000,{world},{VALIDATION}", **own("clip")),
+        "vqgan": VQGANSettings(images=scenes, validation=held, run=vqgan, clip=str(clip), **exact,
+                               **own("vqgan")),
+        "encode": EncodeSettings(
+            images=scenes, out=shards, validation=f"scenes:1000,{world},{VALIDATION}",
+            clip=str(clip), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
+        "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
         # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
-        "decoder": f"train_vqgan {scenes} {held} --run {decoder} --clip {clip} --decoder-of "
-                   f"{vqgan} {exact} --warmup 50 --lr 6e-4 {preset.decoder}",
-        "bundle": f"make_bundle {out} --clip {clip} --vqgan {decoder} --gpt {gpt} "
-                  f"--guidance 3 --top-p 0.95 --force --trained-on {scenes}"}
+        "decoder": VQGANSettings(
+            images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
+            **exact, optimizer="adamw", warmup=50, lr=6e-4, **own("decoder")),
+        "bundle": BundleSettings(
+            out=out, clip=str(clip), vqgan=str(decoder), gpt=gpt, guidance=3.0, top_p=0.95,
+            force=True, trained_on=scenes)}
 
 
-def run_part(command: str, end: float) -> int:
-    """The exit status of a part.
+def do(settings: Any) -> None:
+    """Do a part, or what is left of it."""
+    if isinstance(settings, RunSettings):
+        TRAININGS[type(settings)](settings, start(settings.dtype, settings.seed))
+    else:
+        COMMANDS[type(settings)](settings)
 
-    At the time `end`, and when this process is told to stop, the part is told so too, saves, and is
-    waited for.
+
+@contextmanager
+def stopping_at(end: float) -> Iterator[None]:
+    """At the time `end`, of `time.monotonic`, this process is told to stop, as by SIGTERM.
+
+    A training then saves and raises `Stopped`; everything else is interrupted by it.
     """
-    module, *flags = shlex.split(command)
-    process = subprocess.Popen([sys.executable, "-m", f"scripts.{module}", *flags],
-                               stdout=sys.stderr, start_new_session=True)
+    def stop(number: int, _: object) -> None:
+        raise Stopped("stopped: the same command goes on from there", number)
 
-    def stop(*_: object) -> None:
-        process.send_signal(signal.SIGTERM)
-
-    before = [signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = signal.signal(signal.SIGTERM, stop)
+    left = min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
+    timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
     try:
-        while (status := process.poll()) is None:
-            if time.monotonic() > end:
-                stop()
-                return process.wait()
-            time.sleep(0.1)
-        return status
+        yield
     finally:
-        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(each, handler)
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def do_all(run: Path, todo: dict[str, Any], end: float,
+           do: Callable[[Any], None] = do) -> dict[str, float]:
+    """Do the parts that are not done; returns the seconds of each, over all starts.
+
+    ValueError: a part was done with other settings.  `Stopped`: at the time `end`, or when told to.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    kept = run / "parts.json"
+    # By part: its settings, the seconds it took so far, whether it is done.
+    state: dict[str, dict] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for name, settings in todo.items():
+        old, now = state.get(name), identity(settings)
+        if old and old["done"]:
+            require_same(run, {name: old["settings"]}, {name: now})
+            continue
+        print(f"{name}: {as_flags(given(settings))}", file=sys.stderr)
+        began, done = time.monotonic(), False
+        try:
+            with stopping_at(end):
+                do(settings)
+            done = True
+        finally:
+            spent = (old["seconds"] if old else 0) + time.monotonic() - began
+            state[name] = {"settings": now, "seconds": round(spent, 1), "done": done}
+            write_text(kept, json.dumps(state, indent=1))
+    spent = {name: part["seconds"] for name, part in state.items()}
+    return spent | {"all": round(sum(spent.values()), 1)}
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """The settings that are not as by default."""
+    return {name: value for name, value in vars(settings).items()
+            if value != getattr(type(settings), name, None)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -135,30 +191,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                    "for, its four parts together (12)")
     a = p.parse_args(arguments)
     run = a.run or Path(f"runs/emoji-{a.preset}")
-    run.mkdir(parents=True, exist_ok=True)
-    kept, end = run / "parts.json", time.monotonic() + 60 * a.minutes
-    # By part: its command, the seconds it took so far, whether it is done.
-    state: dict[str, dict] = json.loads(kept.read_text()) if kept.is_file() else {}
-    for name, command in parts(PRESETS[a.preset], run, a.out, a.training).items():
-        old = state.get(name)
-        if old and old["done"]:
-            if old["command"] != command:
-                raise SystemExit(f"{run} holds {name} made by other settings: give another --run")
-            continue
-        if time.monotonic() > end:
-            raise SystemExit(f"{name} is not begun: the same command goes on")
-        print(f"python -m scripts.{command}", file=sys.stderr)
-        began = time.monotonic()
-        status = run_part(command, end)
-        spent = (old["seconds"] if old else 0) + time.monotonic() - began
-        state[name] = {"command": command, "seconds": round(spent, 1), "done": status == 0}
-        write_text(kept, json.dumps(state, indent=1))
-        if status in (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT):
-            raise SystemExit(f"{name} is not finished: the same command goes on")
-        if status:
-            raise SystemExit(f"{name} failed with status {status}")
-    spent = {name: part["seconds"] for name, part in state.items()}
-    return spent | {"all": round(sum(spent.values()), 1)}
+    end = time.monotonic() + 60 * a.minutes
+    with one_sentence():
+        return do_all(run, parts(PRESETS[a.preset], run, a.out, a.training), end)
 
 
 if __name__ == "__main__":

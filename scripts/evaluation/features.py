@@ -1,4 +1,4 @@
-"""The networks whose features `scripts.evaluate` compares: Inception, CLIP or the judge."""
+"""The networks whose features are compared: Inception, CLIP, and what registers itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipgen.clip import CLIP, IMAGES_PER_PASS
-from scripts.emoji.judge import load_judge
+from scripts.evaluation import NETWORKS
 from scripts.evaluation.metrics import blur
 
 INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -37,21 +37,22 @@ class Network:
 
 
 def load_network(name: str | None, clip: CLIP, clip_name: str) -> Network:
-    """The network called inception, clip (the given one) or judge, on the device of `clip`.
+    """The network called inception, clip (the given one) or as one of NETWORKS, on its device.
 
-    None: Inception if it can be had, else CLIP, which a line on stderr then says.  SystemExit:
-    inception asked for and not there.
+    None: Inception if it can be had, else CLIP, which a line on stderr then says.  ValueError: no
+    such network, or inception asked for and not there.
     """
     if name in (None, "inception"):
         if not (missing := inception_missing()):
             return inception(clip.device)
         if name == "inception":
-            raise SystemExit(f"--features inception: {missing}, or use --features clip")
+            raise ValueError(f"--features inception: {missing}, or use --features clip")
         print(f"features of CLIP, not of Inception: {missing}", file=sys.stderr)
-    if name == "judge":
-        judge = load_judge().to(clip.device).requires_grad_(False)
-        return Network("the penultimate layer of scripts.emoji.judge", judge.dimensions,
-                       "area, to 64 pixels", judge.embed)
+    if name in NETWORKS:
+        return NETWORKS[name](clip.device)
+    if name not in (None, "inception", "clip"):
+        known = ", ".join(["inception", "clip", *NETWORKS])
+        raise ValueError(f"--features {name} is no network: give one of {known}")
     # Of length √D, so that the kernel of KID, a polynomial of x · y / D, is one of the cosine.
     length = clip.embedding_dim ** 0.5
     return Network(f"embeddings of {clip_name}", clip.embedding_dim,

@@ -1,9 +1,10 @@
-"""The formulas of `scripts.evaluate`: functions of arrays that know no model and no file."""
+"""The formulas of evaluation: functions of arrays that know no model and no file."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 1024  # of the kernel matrix at a time: bounds memory, changes nothing else
@@ -108,3 +109,39 @@ def _two_sets(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("a distance needs features (N, D) and (M, D), N and M at least 2, got "
                          f"{a.shape} and {b.shape}")
     return np.asarray(a, np.float64), np.asarray(b, np.float64)
+
+
+FLOOR = 1e-6  # of a squared error: below it two images are equal in 8 bits; 60 dB
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal to noise (N,) in dB of pixels (N, 3, H, W) in [0, 1]; at most 60."""
+    return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=FLOOR).log10()
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (N,) of pixels (N, 3, H, W) in [0, 1], H and W at least 11.
+
+    Gaussian window of 11 pixels and 1.5, K1 0.01, K2 0.03 (Wang et al. 2004), a channel at a time.
+    """
+    offsets = torch.arange(11, device=a.device, dtype=a.dtype) - 5
+    line = (-offsets.square() / (2 * 1.5**2)).exp()
+    line = line / line.sum()
+    window = (line[:, None] * line[None]).expand(3, 1, 11, 11)
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(x, window, groups=3)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    value = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return value.mean((1, 2, 3))
+
+
+def entropy(counts: Tensor) -> float:
+    """Nats, of the frequencies that counts (K,) stand for."""
+    p = counts.double() / counts.sum()
+    return -(p * p.clamp(min=1e-30).log()).sum().item()

@@ -38,8 +38,8 @@ def file_prompts(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"--prompts {path} cannot be read ({reason}): give a whole number, a file "
-                         "of texts, one a line, or coco:PATH") from None
+        raise ValueError(f"--prompts {path} cannot be read ({reason}): give a file of texts, "
+                         "one a line, or coco:PATH") from None
     if not (texts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"--prompts {path} has no text in it: write one a line")
     return texts

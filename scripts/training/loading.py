@@ -29,7 +29,7 @@ def load_clip(source: str | Path) -> CLIP:
     """
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return of_bundle(bundle.load_clip, directory)
+        return bundle.load_clip(directory)
     if directory.is_dir():
         return of_run(directory, "clip", lambda data: CLIP(CLIPConfig(**data)))
     return clip_of_open_clip(str(source))
@@ -40,7 +40,7 @@ def clip_of_open_clip(name: str) -> CLIP:
     import open_clip
 
     if architecture not in open_clip.list_models() or not pretrained:
-        raise SystemExit(f"CLIP {name} is no bundle, no run of train_clip and no "
+        raise ValueError(f"CLIP {name} is no bundle, no run of train_clip and no "
                          "ARCHITECTURE:PRETRAINED of open_clip: give for example weights/emoji or "
                          "ViT-B-32-quickgelu:openai")
     logging.disable(logging.ERROR)  # what matters is in the sentence below
@@ -49,7 +49,7 @@ def clip_of_open_clip(name: str) -> CLIP:
     except Exception as error:  # open_clip, its hub and the network raise many kinds
         what = (f"check that {pretrained} is a checkpoint of {architecture}"
                 if Path(pretrained).is_file() else "check the network")
-        raise SystemExit(f"CLIP {name} cannot be had ({error!s:.120}): {what}, or give a bundle "
+        raise ValueError(f"CLIP {name} cannot be had ({error!s:.120}): {what}, or give a bundle "
                          "for its CLIP, as weights/emoji") from None
     finally:
         logging.disable(logging.NOTSET)
@@ -61,7 +61,7 @@ def clip_of_open_clip(name: str) -> CLIP:
         clip = CLIP(CLIPConfig(model=model, image_mean=tuple(normalise.mean),
                                image_std=tuple(normalise.std)))
     except ValueError as error:
-        raise SystemExit(f"CLIP {name} cannot be used: {error}") from None
+        raise ValueError(f"CLIP {name} cannot be used: {error}") from None
     clip.model.load_state_dict(module.state_dict())
     return clip.eval()
 
@@ -70,7 +70,7 @@ def load_vqgan(source: str | Path) -> VQGAN:
     """A VQGAN from a bundle or from a run of `train_vqgan`."""
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return of_bundle(bundle.load_vqgan, directory)
+        return bundle.load_vqgan(directory)
     return of_run(directory, "vqgan", lambda data: VQGAN(VQGANConfig(**data)))
 
 
@@ -78,15 +78,8 @@ def load_gpt(source: str | Path) -> GPT:
     """A GPT from a bundle or from a run of `train_gpt`."""
     directory = Path(source)
     if (directory / "config.json").is_file():
-        return of_bundle(bundle.load_bundle, directory).gpt
+        return bundle.load_bundle(directory).gpt
     return of_run(directory, "gpt", lambda data: GPT(GPTConfig(**data)))
-
-
-def of_bundle(load: Callable[[Path], Any], directory: Path) -> Any:
-    try:
-        return load(directory)
-    except bundle.BundleError as error:
-        raise SystemExit(str(error)) from None
 
 
 def of_run(directory: Path, part: str, build: Callable[[dict], nn.Module]) -> Any:
@@ -96,19 +89,19 @@ def of_run(directory: Path, part: str, build: Callable[[dict], nn.Module]) -> An
         module = build(data)
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
-        raise SystemExit(damaged(path, error)) from None
+        raise ValueError(damaged(path, error)) from None
     return module.eval()
 
 
 def read_json(directory: Path, name: str, part: str) -> Any:
     path = directory / name
     if not path.is_file():
-        raise SystemExit(f"{directory} is neither a bundle nor a finished run of train_{part}: it "
+        raise ValueError(f"{directory} is neither a bundle nor a finished run of train_{part}: it "
                          f"has no {name}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(damaged(path, error)) from None
+        raise ValueError(damaged(path, error)) from None
 
 
 def damaged(path: Path, error: Exception) -> str:

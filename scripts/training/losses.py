@@ -1,4 +1,8 @@
-"""The losses of the VQGAN beyond L1 and L2: a discriminator's and a perceptual distance."""
+"""Losses beyond L1, L2 and cross-entropy.
+
+Of the VQGAN: the quantizer's, a perceptual distance, a discriminator's, the adaptive weight between
+them.  Of the GPT: embedding reconstruction.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from clipgen.clip import CLIP
+from clipgen.vqgan import VQGAN
 
 
 class Discriminator(nn.Module):
@@ -74,11 +80,11 @@ class LPIPS(nn.Module):
         try:
             import lpips
         except ImportError:
-            raise SystemExit("--perceptual-loss lpips needs the package: pip install lpips, or "
+            raise ValueError("--perceptual-loss lpips needs the package: pip install lpips, or "
                              "take --perceptual-loss clip") from None
         weights = Path(torch.hub.get_dir(), "checkpoints", VGG16)
         if not weights.is_file():
-            raise SystemExit(f"--perceptual-loss lpips needs torchvision's VGG16 at {weights}: "
+            raise ValueError(f"--perceptual-loss lpips needs torchvision's VGG16 at {weights}: "
                              f"put https://download.pytorch.org/models/{VGG16} there, or take "
                              "--perceptual-loss clip")
         self.distance = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
@@ -86,3 +92,54 @@ class LPIPS(nn.Module):
     def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
         """Mean distance of pixels (N, 3, H, W) from target, both around [0, 1]."""
         return self.distance(pixels, target, normalize=True).mean()
+
+
+def quantize(vqgan: VQGAN, features: Tensor, commitment: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (N, D, h, w) to straight-through vectors, codes (N, h, w) and the quantizer's loss.
+
+    `commitment` weighs the encoder's term, the codebook's weighs 1 (VQ-VAE, arXiv 1711.00937).
+    """
+    z = vqgan.quantizer.normalise(features)
+    with torch.no_grad():
+        codes = vqgan.quantizer.nearest(features)
+    vectors = vqgan.quantizer.vectors(codes)
+    loss = commitment * F.mse_loss(z, vectors.detach()) + F.mse_loss(vectors, z.detach())
+    return z + (vectors - z).detach(), codes, loss
+
+
+def adaptive_weight(wanted: Tensor, gan: Tensor, weight: Tensor, accelerator: Accelerator
+                    ) -> Tensor:
+    """|gradient of the other losses| / |gradient of the GAN's| at the decoder's last weight, at
+    most 10,000 (arXiv 2012.09841, equation 7); of the batches of all processes together."""
+    norms = []
+    for loss in (wanted, gan):
+        gradient, = torch.autograd.grad(loss, weight, retain_graph=True)
+        norms.append(accelerator.reduce(gradient, "mean").norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
+
+def centre(embedding: Tensor, mean: Tensor | None) -> Tensor:
+    """Unit rows (N, D) less the mean of their kind, of unit length again; unchanged without one."""
+    return embedding if mean is None else F.normalize(embedding - mean.to(embedding), dim=1)
+
+
+class EmbeddingReconstruction(nn.Module):
+    """The paper's embedding-reconstruction loss: 1 - cosine of the condition and of what CLIP sees
+    in the forecast codes, decoded; the argmax passes gradients straight through (1308.3432)."""
+
+    def __init__(self, clip: CLIP, vqgan: VQGAN):
+        super().__init__()
+        self.clip, self.vqgan = clip.requires_grad_(False), vqgan.requires_grad_(False)
+
+    def forward(self, logits: Tensor, embedding: Tensor, mean: Tensor | None) -> Tensor:
+        """Logits (N, L, K) and the embeddings (N, D) they should lead to, less `mean` if given."""
+        soft = logits.float().softmax(-1)  # (N, L, K)
+        hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft)
+        vectors = (hard + soft - soft.detach()) @ self.vqgan.quantizer.codebook()  # (N, L, d)
+        side = self.vqgan.config.grid
+        pixels = self.vqgan.decoder(vectors.transpose(1, 2).unflatten(2, (side, side)))
+        seen = self.clip.model.encode_image(self.clip.preprocess((pixels * 0.5 + 0.5).clamp(0, 1)))
+        seen = F.normalize(seen.float(), dim=1)
+        if (own := self.clip.config.image_embedding_mean) is not None:
+            seen = centre(seen, seen.new_tensor(own))
+        return 1 - (centre(seen, mean) * embedding).sum(1).mean()

@@ -1,4 +1,4 @@
-"""Optimisers, learning rate and moving average that all trainings share.
+"""Optimizers, learning rate and moving average that all trainings share.
 
 Muon: matrices move along their orthogonalised momentum (K. Jordan and others, 2024).  torch has one
 from 2.9 on; this one also treats query, key and value, which stand on top of each other in one
@@ -7,6 +7,7 @@ matrix, as the three that they are.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimiser, which decays matrices alone, not biases, norms and vectors."""
+    """Two groups for an optimizer, which decays matrices alone, not biases, norms and vectors."""
     parameters = list(parameters)
     return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
@@ -50,26 +51,27 @@ def adamw(module: nn.Module, peak: float, decay: float) -> torch.optim.AdamW:
                              fused=parameters[0].is_cuda)
 
 
-class Average:
-    """Exponential moving average of a module's parameters and buffers, in float32."""
+class EMA:
+    """Exponential moving average of a module's parameters and buffers: `module`, in eval mode."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # early weights are forgotten soon
-        now = module.state_dict()
+        mine, now = self.state(), module.state_dict()
         floating = [k for k, v in now.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.state[k] for k in floating], [now[k] for k in floating],
-                             1 - decay)
+        torch._foreach_lerp_([mine[k] for k in floating], [now[k] for k in floating], 1 - decay)
         for name in now.keys() - set(floating):
-            self.state[name].copy_(now[name])
+            mine[name].copy_(now[name])
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        for name, value in state.items():
-            self.state[name].copy_(value)
+    def state(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.module.load_state_dict(state)
 
 
 MOMENTUM = 0.95
@@ -79,48 +81,79 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a quintic that takes 0.0015 to 1 near 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices (B, rows, columns) with their singular values moved near 1, to 0.68 to 1.2, but for
     those below 0.0015 of the matrix's length.  Five Newton-Schulz steps."""
-    a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-12)).to(default_dtype(x.device))
-    for _ in range(5):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+    long = x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]
+    x = by_squares(x) if long else newton_schulz(x)
     return (x.mT if tall else x).to(matrices)
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for groups with `parts`, matrices of one shape; AdamW for the others.
+def newton_schulz(x: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def by_squares(x: Tensor) -> Tensor:
+    """As `newton_schulz`: the steps multiply x from the left, by what its square alone decides, so
+    that all but two products are of rows by rows.  A square has twice the digits: float32 alone."""
+    a, b, c = COEFFICIENTS
+    square = x @ x.mT
+    one = torch.eye(x.shape[1], device=x.device)
+    product = one.expand_as(square)
+    for _ in range(5):
+        factor = a * one + torch.baddbmm(square, square, square, beta=b, alpha=c)
+        product = factor @ product
+        square = factor @ square @ factor
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups of matrices of one shape.
 
     A matrix moves along its orthogonalised Nesterov momentum, times 0.2 sqrt(longer side), which
     makes its steps as long as AdamW's usually are: one learning rate and decay suit both
-    (arXiv 2502.16982, section 2.2).  `parts` matrices stand on top of each other in each.
+    (arXiv 2502.16982, section 2.2).  `parts` matrices stand on top of each other in each; a
+    convolution's weight is one whose rows are its outputs.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "parts": 1})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if "parts" not in group or not parameters:
+            if not parameters:
                 continue
             for p in parameters:
-                if not self.state[p]:  # AdamW looks for a step where it loads a state
-                    self.state[p] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
+                if not self.state[p]:
+                    self.state[p] = {"momentum": torch.zeros_like(p)}
             momenta = [self.state[p]["momentum"] for p in parameters]
             gradients = [p.grad for p in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
-            single = ahead.view(-1, ahead.shape[1] // group["parts"], ahead.shape[2])
+            rows = ahead.flatten(2)  # (B, outputs, inputs * kernel height * kernel width)
+            single = rows.reshape(-1, rows.shape[1] // group["parts"], rows.shape[2])
             moves = orthogonal(single) * (0.2 * max(single.shape[1:]) ** 0.5)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(moves.view_as(ahead)), alpha=-group["lr"])
-            for p in parameters:
-                p.grad = None  # used up: AdamW passes over parameters without one
-        super().step()
+            torch._foreach_add_(parameters, list(moves.reshape(ahead.shape)), alpha=-group["lr"])
 
 
-def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
-    """Muon for the matrices of a GPT's blocks; AdamW for all else, as `optimise.adamw`."""
+def muon_and_adamw(groups: list[dict[str, Any]], module: nn.Module, peak: float,
+                   decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the groups, AdamW for what else the module trains."""
+    matrices = {p for group in groups for p in group["params"]}
+    rest = [p for p in module.parameters() if p.requires_grad and p not in matrices]
+    return [Muon(groups, peak), torch.optim.AdamW(decay_groups(rest, decay), lr=peak, betas=BETAS,
+                                                  fused=rest[0].is_cuda)]
+
+
+def muon(gpt: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of a GPT's blocks; AdamW for all else."""
     kinds: dict[str, list[nn.Parameter]] = {}  # such as "qkv.weight": that of every layer
     for block in gpt.blocks:
         for name, p in block.named_parameters():
@@ -128,7 +161,22 @@ def muon(gpt: nn.Module, peak: float, decay: float) -> Muon:
                 kinds.setdefault(name, []).append(p)
     groups = [{"params": matrices, "weight_decay": decay,
                "parts": 3 if name.startswith("qkv") else 1} for name, matrices in kinds.items()]
-    hidden = {p for matrices in kinds.values() for p in matrices}
-    rest = [p for p in gpt.parameters() if p.requires_grad and p not in hidden]
-    # Not fused: a fused step would be asked to pass over infinite gradients by itself.
-    return Muon([*groups, *decay_groups(rest, decay)], lr=peak, betas=BETAS)
+    return muon_and_adamw(groups, gpt, peak, decay)
+
+
+def muon_vqgan(vqgan: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for what lies between a VQGAN's first and last convolutions; AdamW for all else."""
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for part in (vqgan.encoder.down, vqgan.encoder.mid, vqgan.decoder.mid, vqgan.decoder.up):
+        for name, p in part.named_parameters():
+            if p.requires_grad and p.dim() > 1:
+                parts = 3 if name.endswith("in_proj_weight") else 1
+                kinds.setdefault((parts, *p.shape), []).append(p)
+    groups = [{"params": matrices, "weight_decay": decay, "parts": kind[0]}
+              for kind, matrices in kinds.items()]
+    return muon_and_adamw(groups, vqgan, peak, decay)
+
+
+def adamw_alone(module: nn.Module, peak: float, decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all that the module trains."""
+    return [adamw(module, peak, decay)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from scripts.data.images import Images, UnreadableImage
 from scripts.training.loading import load_vqgan
@@ -12,9 +13,14 @@ from scripts.training.loading import load_vqgan
 SHORT = 1200  # seconds on a CPU too few for a GAN to help
 LOOKED_AT = 33  # images whose size and brightness are looked at
 DARK = 64  # of 255
+# On a CPU.  Small batches at a high rate learn more in short runs (docs/speed.md, notes on
+# learning); what they are worth in long ones was not measured.
+CPU_GPT = {"layers": 6, "width": 192, "heads": 6, "batch": 8, "lr": 6e-3}
+LONG = 7200  # seconds from which they are not taken
+LARGE_BATCH = {"batch": 32, "lr": 2e-3}
 
-# Pixels a side, flags of train_vqgan, flags of train_gpt.
-Sizes = tuple[int, list[str], list[str]]
+# Pixels a side, settings of the VQGAN's training, settings of the GPT's.
+Sizes = tuple[int, dict[str, Any], dict[str, Any]]
 
 
 def sizes_of(bundle: Path, size: int | None, cuda: bool) -> Sizes:
@@ -22,8 +28,9 @@ def sizes_of(bundle: Path, size: int | None, cuda: bool) -> Sizes:
     own = load_vqgan(bundle).config.image_size
     if size not in (None, own):
         raise ValueError(f"--size {size} is not that of {bundle}, {own}: leave --size out")
-    vqgan = {"--batch": 16 if cuda else 8, "--lr": 3e-4 if own <= 64 else 1e-4}
-    return own, flags(vqgan), flags({"--batch": 32, "--lr": 3e-4})
+    vqgan = {"batch": 16 if cuda else 8, "lr": 3e-4 if own <= 64 else 1e-4,
+             "optimizer": "adamw"}
+    return own, vqgan, {"batch": 32, "lr": 3e-4}
 
 
 def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> Sizes:
@@ -40,21 +47,25 @@ def new_sizes(images: Images, size: int | None, cuda: bool, seconds: float) -> S
         fitting = max(16, size - size % 2**halvings)
         raise ValueError(f"--size {size} is no multiple of {2**halvings}, at least 16: give "
                          f"{fitting}")
-    vqgan = {"--size": size, "--batch": 16 if cuda else 8, "--lr": 5e-4 if cuda else 1e-3}
+    vqgan: dict[str, Any] = {"size": size}
     if cuda:
         widths, codebook = (64, 128, 128, 256, 256), 4096 if len(images) < 100_000 else 16384
         layers, width = ((8, 512) if len(images) < 20_000 else
                          (12, 768) if len(images) < 200_000 else (24, 1024))
-        gpt = {"--layers": layers, "--width": width, "--heads": width // 64, "--batch": 64,
-               "--lr": 5e-4}
+        gpt = {"layers": layers, "width": width, "heads": width // 64, "batch": 64,
+               "lr": 5e-4}
+        # Patches, Muon and a middle without attention are measured on a CPU alone.
+        vqgan |= {"batch": 16, "lr": 5e-4, "optimizer": "adamw", "middle_attention": True}
     else:
-        widths, codebook = (32, 64, 64, 128, 128), 1024
-        gpt = {"--layers": 6, "--width": 192, "--heads": 6, "--batch": 32, "--lr": 2e-3}
+        vqgan |= {"batch": 4, "lr": 2e-3, "patch": 2 ** min(2, halvings)}
+        halvings -= min(2, halvings)  # what is left to the levels
+        widths, codebook = (64, 128) if halvings else (128,), 1024
+        gpt = CPU_GPT | ({} if seconds < LONG else LARGE_BATCH)
         if seconds < SHORT:
-            vqgan["--gan"] = 0
+            vqgan["gan"] = 0
     widths = (widths + widths[-1:] * halvings)[:halvings + 1]
-    vqgan |= {"--channels": ",".join(map(str, widths)), "--codebook-size": codebook}
-    return size, flags(vqgan), flags(gpt)
+    vqgan |= {"channels": ",".join(map(str, widths)), "codebook_size": codebook}
+    return size, vqgan, gpt
 
 
 def look_at(images: Images) -> tuple[int, int]:
@@ -71,7 +82,3 @@ def look_at(images: Images) -> tuple[int, int]:
     if not sides:
         raise ValueError(f"none of the images looked at can be read: {reason}")
     return sorted(sides)[len(sides) // 2], brightest
-
-
-def flags(values: dict[str, float | str]) -> list[str]:
-    return [text for name, value in values.items() for text in (name, str(value))]
