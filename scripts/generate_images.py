@@ -1,4 +1,4 @@
-"""Turns a text into images: the best --num of --candidates drawn, as files in the folder --out.
+"""Turns a text into images: the best --num of --candidates drawn, as new files in the folder --out.
 
 Prints a line for each image, best first: path, seed, score (the cosine of CLIP's embeddings of
 text and image). The same seed gives the same images; image i has the seed --seed + i before
@@ -25,8 +25,8 @@ from scripts.training.cli import Parser, device, number, seed
 # torch and clipgen are imported once the arguments are known to be good: they take seconds.
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-OURS = re.compile(r"\.?image-\d+-seed-\d+\.(png|jpg|webp)")
+FORMATS = ("png", "jpg", "webp")
+LONGEST = 60  # characters of the text in a file's name
 
 
 def stop(message: str, status: int) -> NoReturn:
@@ -63,13 +63,26 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="precision of the GPT (default: what suits the device); int8 makes a large one faster "
              "on a CPU, as does bfloat16 where it has instructions for it")
     add("--out", type=Path, default=Path("out"), metavar="FOLDER",
-        help="images of an earlier run in it are replaced, other files stay (out)")
-    add("--format", choices=tuple(PILLOW_FORMATS), default="png", help="of the files (png)")
+        help="images are added to what is in it (out)")
+    add("--format", choices=FORMATS, default="png", help="of the files (png)")
+    add("--force", action="store_true", help="replace files of the same name; else new ones get a "
+        "number behind theirs")
+    add("--no-metadata", action="store_true", help="do not write into a file how it was made")
+    add("--image", type=Path, metavar="FILE", help="what the images should resemble; the text may "
+        "then be blank")
+    add("--image-weight", type=number(float, 0, 1), default=0.5,
+        help="of --image beside the text: 0 is the text alone, 1 the image alone (0.5)")
+    add("--negative", metavar="TEXT", help="what to steer away from; needs --guidance above 1")
+    add("--init", type=Path, metavar="FILE", help="a picture of which a part stays; with --mask or "
+        "--keep")
+    add("--mask", type=Path, metavar="FILE", help="white where --init is drawn anew")
+    add("--keep", type=number(float, 0, 1), help="the share of --init's rows that stays, from the "
+        "top")
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.error(f"{' '.join(unknown)!r} is no flag; put the whole text in quotes")
-    if not args.text.strip():
-        parser.error("the text is blank: say what the images should show")
+    if not args.text.strip() and not args.image:
+        parser.error("the text is blank: say what the images should show, or give --image")
     if args.weights is None:
         args.weights = WEIGHTS / ("coco" if (WEIGHTS / "coco").is_dir() else "emoji")
     return args
@@ -79,14 +92,16 @@ def generate(args: argparse.Namespace) -> list:
     """The images, best first; warnings about the text are printed, a line each."""
     import torch
 
-    from clipgen import ClipGen, TextTruncated, UnknownWords, is_out_of_memory
+    from clipgen import ClipGen, NothingToDraw, TextTruncated, UnknownWords, is_out_of_memory
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for category in (TextTruncated, UnknownWords):
+        for category in (TextTruncated, UnknownWords, NothingToDraw):
             warnings.simplefilter("always", category)
         warnings.showwarning = lambda message, *_: print(f"clipgen: {message}", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"clipgen: loading {args.weights}", file=sys.stderr)
         try:
             model = ClipGen.load(args.weights, device=args.device, dtype=dtype)
             return model.generate(
@@ -98,6 +113,12 @@ def generate(args: argparse.Namespace) -> list:
                 top_k=args.top_k,
                 top_p=args.top_p,
                 guidance=args.guidance,
+                image=args.image,
+                image_weight=args.image_weight,
+                negative_text=args.negative,
+                init_image=args.init,
+                mask=args.mask,
+                keep=args.keep,
             )
         except ValueError as error:
             stop(str(error), status=2)
@@ -111,31 +132,37 @@ def generate(args: argparse.Namespace) -> list:
                  "--guidance 1, which halves the work", status=1)
 
 
-def write(images: list, folder: Path, suffix: str) -> list[Path]:
-    """Puts the images in place of those of an earlier run; a file is there as a whole or not."""
-    digits = len(str(len(images) - 1))
-    paths = [
-        folder / f"image-{index:0{digits}d}-seed-{image.seed}.{suffix}"
-        for index, image in enumerate(images)
-    ]
-    hidden = [path.with_name(f".{path.name}") for path in paths]
+def write(images: list, args: argparse.Namespace) -> list[Path]:
+    """Adds the images to the folder, named by text and seed; a file is there as a whole or not.
+
+    A name that is taken gets a number behind it, unless --force replaces the file.
+    """
+    folder, hidden = args.out, []
     with alone_in(folder):
+        taken = set() if args.force else {path.name for path in folder.iterdir()}
+        paths = []
+        for image in images:
+            paths.append(folder / free_name(args.text, image.seed, args.format, taken))
+            taken.add(paths[-1].name)
         try:
-            for image, path in zip(images, hidden, strict=True):
-                image.image.save(path, format=PILLOW_FORMATS[suffix], quality=95)
+            for image, path in zip(images, paths, strict=True):
+                hidden.append(path.with_name(f".{path.name}"))
+                image.save(hidden[-1], metadata=not args.no_metadata)
             for path, final in zip(hidden, paths, strict=True):
                 os.replace(path, final)
         finally:
             for path in hidden:
                 path.unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path not in paths and OURS.fullmatch(path.name) and path.is_file():
-                try:
-                    path.unlink()
-                except OSError as error:
-                    print(f"clipgen: {path}, of an earlier run, stays: {error.strerror}",
-                          file=sys.stderr)
     return paths
+
+
+def free_name(text: str, seed: int, suffix: str, taken: set[str]) -> str:
+    """As in a-red-apple-seed-7.png, or a-red-apple-seed-7-2.png where that is taken."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST].rstrip("-") or "image"
+    name, number = f"{words}-seed-{seed}", 1
+    while f"{name}{f'-{number}' if number > 1 else ''}.{suffix}" in taken:
+        number += 1
+    return f"{name}{f'-{number}' if number > 1 else ''}.{suffix}"
 
 
 @contextmanager
@@ -165,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         tempfile.TemporaryFile(dir=args.out).close()
     images = generate(args)
     with writing_to(args.out):
-        paths = write(images, args.out, args.format)
+        paths = write(images, args)
     for path, image in zip(paths, images, strict=True):
         print(f"{path}  seed {image.seed}  score {image.score:.3f}")
 

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from clipgen import read_recipe
 from clipgen.bundle import SamplingDefaults
 from scripts import generate_images
 from tests.marks import NEEDS_INT8
@@ -53,40 +55,69 @@ def files(folder: str | Path = "out") -> dict[str, bytes]:
 def test_writes_num_files_and_a_line_for_each(generate):
     status, output, errors = generate("--num", "3", "--candidates", "5", "--seed", "7")
     assert (status, errors) == (0, "")
-    lines = [re.fullmatch(r"(out/image-(\d)-seed-(\d+)\.png)  seed (\d+)  score (-?\d\.\d+)", line)
-             for line in output.splitlines()]
-    assert [line[1] for line in lines] == [f"out/{name}" for name in files()]
-    assert [line[2] for line in lines] == ["0", "1", "2"]
-    assert all(line[3] == line[4] and 7 <= int(line[3]) < 12 for line in lines)
-    scores = [float(line[5]) for line in lines]
+    lines = [re.fullmatch(r"(out/a-red-apple-on-the-beach-seed-(\d+)\.png)  seed (\d+)  score "
+                          r"(-?\d\.\d+)", line) for line in output.splitlines()]
+    assert {line[1] for line in lines} == {f"out/{name}" for name in files()}
+    assert all(line[2] == line[3] and 7 <= int(line[2]) < 12 for line in lines)
+    scores = [float(line[4]) for line in lines]
     assert scores == sorted(scores, reverse=True)
     for name in files():
         with Image.open(f"out/{name}") as image:
             assert (image.mode, image.size) == ("RGB", (32, 32))
 
 
-def test_four_images_by_default_and_names_in_order_of_rank(generate):
-    assert generate()[0] == 0
+def test_four_images_by_default(generate):
+    assert generate("--seed", "0")[0] == 0
     assert len(files()) == 4
-    output = generate("--num", "12", "--candidates", "2")[1]  # candidates are raised to 12
-    assert [line.split()[0] for line in output.splitlines()] == [f"out/{name}" for name in files()]
-    assert len(files()) == 12
+    generate("--num", "12", "--candidates", "2", "--seed", "100")  # candidates are raised to 12
+    assert len(files()) == 16
 
 
-def test_a_new_run_replaces_the_images_of_the_last_and_nothing_else(generate):
+def test_nothing_that_is_there_is_ever_lost(generate):
     Path("out").mkdir()
-    foreign = {"notes.txt": b"mine", "image.png": b"mine", "image-1.png": b"mine"}
+    foreign = {"notes.txt": b"mine", "image-0-seed-1.png": b"mine",
+               "a-red-apple-on-the-beach-seed-1.png": b"mine"}
     for name, content in foreign.items():
         Path("out", name).write_bytes(content)
-    Path("out", "image-9-seed-9.png.d").mkdir()
-    Path("out", ".image-0-seed-1.png").write_bytes(b"of a run that was killed")
-    for arguments in (("--num", "3"), ("--num", "2", "--format", "jpg"), ("--num", "1")):
-        assert generate(*arguments)[0] == 0
-        Path("out", "image-9-seed-9.png.d").rmdir()
-        left = files()
-        Path("out", "image-9-seed-9.png.d").mkdir()
-        assert {name: left.pop(name) for name in foreign} == foreign
-        assert len(left) == int(arguments[1]), left
+    made = ("--num", "1", "--candidates", "1", "--seed", "1")
+    assert generate(*made)[1].startswith("out/a-red-apple-on-the-beach-seed-1-2.png  seed 1 ")
+    assert generate(*made)[1].startswith("out/a-red-apple-on-the-beach-seed-1-3.png  seed 1 ")
+    assert generate(*made, text="another")[0] == 0
+    left = files()
+    assert {name: left[name] for name in foreign} == foreign and len(left) == 6
+    assert generate(*made, "--force")[0] == 0
+    assert len(files()) == 6 and files()["a-red-apple-on-the-beach-seed-1.png"] != b"mine"
+
+
+@pytest.mark.parametrize("text, name", [
+    ("A red, red apple!", "a-red-red-apple-seed-3.png"), ("苹果", "image-seed-3.png"),
+    ("../../etc/passwd", "etc-passwd-seed-3.png"), ("x" * 500, "x" * 60 + "-seed-3.png"),
+    ("a\0b\n", "a-b-seed-3.png")])
+def test_names_are_safe(text, name):
+    assert generate_images.free_name(text, 3, "png", set()) == name
+
+
+def test_pictures_steer_and_are_said_of(generate):
+    Image.effect_noise((40, 40), 90).convert("RGB").save("noise.png")
+    Image.new("RGB", (8, 8)).save("black.png")
+    one = ("--num", "1", "--candidates", "1", "--seed", "2", "--force")
+    assert generate(*one)[0] == 0
+    (name, plain), = files().items()
+    for arguments in (("--image", "noise.png"), ("--image", "noise.png", "--image-weight", "0.9"),
+                      ("--init", "noise.png", "--keep", "0.5"),
+                      ("--guidance", "3", "--negative", "a dog")):
+        assert generate(*one, *arguments)[0] == 0
+        assert files()[name] != plain, arguments
+    assert read_recipe(Path("out") / name)["negative_text"] == "a dog"
+    assert generate(*one, "--image", "noise.png", text=" ")[0] == 0
+    assert read_recipe("out/image-seed-2.png")["text"] == " "
+    assert generate(*one, "--no-metadata")[0] == 0
+    with pytest.raises(ValueError, match="does not say how"):
+        read_recipe(Path("out") / name)
+    status, _, errors = generate(*one, "--init", "noise.png", "--mask", "black.png")
+    assert status == 0 and errors.startswith("clipgen: nothing is drawn anew")
+    status, _, errors = generate(*one, "--init", "noise.png")
+    assert status == 2 and "init_image needs either mask" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", MAGIC)
@@ -110,8 +141,8 @@ def test_each_image_is_made_again_from_its_own_seed(generate):
     generate("--num", "3", "--candidates", "6", "--seed", "40", "--out", "all")
     for path in Path("all").iterdir():
         seed = re.search(r"seed-(\d+)", path.name)[1]
-        generate("--num", "1", "--candidates", "1", "--seed", seed, "--out", "one")
-        assert list(files("one").values()) == [path.read_bytes()]
+        generate("--num", "1", "--candidates", "1", "--seed", seed, "--out", f"one-{seed}")
+        assert list(files(f"one-{seed}").values()) == [path.read_bytes()]
 
 
 def test_without_a_seed_every_run_differs(generate):
@@ -206,27 +237,6 @@ def test_a_write_that_fails_leaves_the_earlier_images(generate, monkeypatch):
     assert files() == before
 
 
-def test_an_earlier_image_that_cannot_be_removed_costs_no_other(generate, monkeypatch):
-    assert generate("--num", "3", "--seed", "1")[0] == 0
-    old, unlink = sorted(files()), Path.unlink
-
-    def kept(self, *args, **options):
-        if self.name == old[1]:
-            raise PermissionError(1, "Operation not permitted")
-        unlink(self, *args, **options)
-
-    Path("out/image-9-seed-1.png").mkdir()  # a folder is nobody's image
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", kept)
-        status, output, errors = generate("--num", "2", "--seed", "50")
-    Path("out/image-9-seed-1.png").rmdir()
-    made = [line.split()[0].removeprefix("out/") for line in output.splitlines()]
-    assert status == 0 and len(made) == 2
-    assert errors == (f"clipgen: out/{old[1]}, of an earlier run, stays: "
-                      "Operation not permitted\n")
-    assert sorted(files()) == sorted([*made, old[1]])
-
-
 def test_two_runs_into_one_folder_take_turns(tmp_path):
     class Slow:
         """An image; while it is saved another run wants to write."""
@@ -234,7 +244,7 @@ def test_two_runs_into_one_folder_take_turns(tmp_path):
         def __init__(self, seed, meanwhile=lambda: None):
             self.seed, self.image, self.meanwhile = seed, self, meanwhile
 
-        def save(self, path, **options):
+        def save(self, path, metadata):
             Path(path).write_bytes(b"%d" % self.seed)
             self.meanwhile()
 
@@ -242,12 +252,13 @@ def test_two_runs_into_one_folder_take_turns(tmp_path):
         second.start()
         second.join(0.5)  # it waits, and must be waited for no longer
 
-    second = threading.Thread(target=generate_images.write,
-                              args=([Slow(8), Slow(9)], tmp_path, "png"))
-    paths = generate_images.write([Slow(1), Slow(2, another)], tmp_path, "png")
+    args = SimpleNamespace(out=tmp_path, force=False, text="a", format="png", no_metadata=True)
+    second = threading.Thread(target=generate_images.write, args=([Slow(2), Slow(9)], args))
+    paths = generate_images.write([Slow(1), Slow(2, another)], args)
     second.join()
-    assert [path.name for path in paths] == ["image-0-seed-1.png", "image-1-seed-2.png"]
-    assert files(tmp_path) == {"image-0-seed-8.png": b"8", "image-1-seed-9.png": b"9"}
+    assert [path.name for path in paths] == ["a-seed-1.png", "a-seed-2.png"]
+    assert files(tmp_path) == {"a-seed-1.png": b"1", "a-seed-2.png": b"2", "a-seed-2-2.png": b"2",
+                               "a-seed-9.png": b"9"}
 
 
 @pytest.mark.parametrize("num, candidates, named", [(64, 16, "--num 64"),
@@ -324,13 +335,14 @@ def test_help_and_bad_values_need_no_torch(project):
 def test_ctrl_c_ends_quietly_with_130(project):
     (project / "torch.py").touch()
     (project / "clipgen.py").write_text(
-        "import pathlib, time\nTextTruncated = UnknownWords = UserWarning\n"
+        "import pathlib, time\nNothingToDraw = TextTruncated = UnknownWords = UserWarning\n"
         "is_out_of_memory = None\n"
         "class ClipGen:\n    def load(*_, **__):\n"
         "        pathlib.Path('loading').touch()\n        time.sleep(60)\n")
     process = start(project, TEXT)
     deadline = time.monotonic() + 600
     while not (project / "elsewhere" / "loading").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=600) == ("", "")
