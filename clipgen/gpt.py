@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# (rows, columns) from the code being forecast to one that may be added to the input beside the code
-# before it; the first few of them are.
+# (rows, columns) from the code to be predicted to one that may be added to the input, beside the
+# code before it; the first few of them are.
 NEIGHBOURS = (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)
 
 
@@ -223,12 +223,12 @@ class GPT(nn.Module):
         """Full pass.  embedding (N, D) unit rows; codes int (N, L), L from 0 to block_size - 1;
         both are moved to the GPT's device, the embedding to its dtype.
 
-        Returns logits (N, L + 1, codebook_size); entry i is the forecast of code i.
+        Returns logits (N, L + 1, codebook_size); entry i predicts code i.
         """
         length = codes.shape[1] + 1
         if length > self.config.block_size:
             raise ValueError(f"{codes.shape[1]} codes given; this GPT takes at most "
-                             f"{self.config.block_size - 1} before the last one it forecasts")
+                             f"{self.config.block_size - 1} before the last one it predicts")
         embedding, codes = embedding.to(self.position), codes.to(self.position.device)
         condition, inputs = self.condition(embedding), self.code_embedding(codes)
         if self.config.neighbours:

@@ -23,7 +23,7 @@ from clipgen.canvas import Canvas, lower_rows, make_canvas
 from clipgen.device import default_dtype, find_device
 from clipgen.images import Picture, centre_square, read_picture
 from clipgen.recipe import VERSION, save_image
-from clipgen.sampling import SEEDS, Sampler, whole
+from clipgen.sampling import SEEDS, Sampler, whole_number
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int8  # of a GPT
 DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed: pixels must not depend on the images beside them
@@ -132,9 +132,10 @@ class ClipGen:
         out of range, or a picture that cannot be read.  Warns with TextTruncated, UnknownWords and
         NothingToDraw.
         """
-        num_images = whole("num_images", num_images, 1)
-        candidates = max(whole("candidates", candidates, 0), num_images)
-        seed = random.SystemRandom().randrange(SEEDS) if seed is None else whole("seed", seed, 0)
+        num_images = whole_number("num_images", num_images, 1)
+        candidates = max(whole_number("candidates", candidates, 0), num_images)
+        seed = (random.SystemRandom().randrange(SEEDS) if seed is None
+                else whole_number("seed", seed, 0))
         if seed >= SEEDS:
             raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")
         drawn = self._settings(temperature, top_k, top_p, guidance)

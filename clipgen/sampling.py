@@ -26,7 +26,7 @@ FREE = -1  # of forced codes: the place of one that is to be drawn
 SEEDS = 2**31  # seeds are 0 … SEEDS - 1 and wrap
 
 
-def whole(name: str, value: float, low: int) -> int:
+def whole_number(name: str, value: float, low: int) -> int:
     """`value` as an int; ValueError unless it is a whole number from `low` on."""
     integral = isinstance(value, float) and value.is_integer()
     try:
@@ -40,7 +40,7 @@ def whole(name: str, value: float, low: int) -> int:
 
 def check_settings(temperature: float, top_k: int, top_p: float, guidance: float) -> None:
     """ValueError, in one sentence, for the first sampling setting outside its range."""
-    whole("top_k", top_k, 0)
+    whole_number("top_k", top_k, 0)
     # No one needs more than 1000, and far beyond it float32 ends.
     for name, value, high in (("temperature", temperature, 1000), ("top_p", top_p, 1),
                               ("guidance", guidance, 1000)):
@@ -48,24 +48,19 @@ def check_settings(temperature: float, top_k: int, top_p: float, guidance: float
             raise ValueError(f"{name} must be a number from 0 to {high}, got {value!r}")
 
 
-def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p: float | Tensor,
-                  limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """÷ temperature (above 0), then top-k, then top-p.
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float
+                  ) -> tuple[Tensor, Tensor]:
+    """÷ temperature, then top-k (0: all), then top-p (1: all).
 
     logits (N, K) -> probabilities (N, k) in descending order, zero where top-p removed the code and
     not normalised again, and the codes int64 (N, k) they belong to.  top-p keeps every code up to
     and including the first that takes the cumulative probability over top_p.  Codes at the far end
     that are removed in every row may be left out of the result.
-
-    A captured step gives temperature and top_p as 0-d tensors, to be read at every replay: above 0,
-    and infinite to keep all; `limit`, likewise, is a top-k of at most `top_k`.
     """
-    size, number = logits.shape[1], not isinstance(top_p, Tensor)
+    size, logits = logits.shape[1], logits.float()
     k = top_k if 0 < top_k < size else size
-    if number:
-        temperature, top_p = max(temperature, 1e-6), top_p if top_p < 1 else float("inf")
-    logits = logits.float()
-    if number and k == size > FEW and top_p < 1 and logits.device.type == "cpu":
+    temperature = max(temperature, 1e-6)
+    if k == size > FEW and top_p < 1 and logits.device.type == "cpu":
         # Sorting all costs more than the rest of a small step, looking at a value nothing on a CPU.
         best, codes = logits.topk(FEW, dim=1)
         probabilities = ((logits - best[:, :1]) / temperature).softmax(1)
@@ -73,20 +68,28 @@ def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int, top_p
             # Behind the same few, equal ones in the same order: no row must depend on another one.
             rest = logits.scatter(1, codes, float("-inf")).topk(size - FEW, dim=1).indices
             codes = torch.cat([codes, rest], dim=1)
-        return top_p_alone(probabilities.gather(1, codes), top_p), codes
+        return filter_top_p(probabilities.gather(1, codes), top_p), codes
     best, codes = logits.topk(k, dim=1)
     # Differences from the best, so that no temperature however small overflows.
+    probabilities = ((best - best[:, :1]) / temperature).softmax(1)
+    return (filter_top_p(probabilities, top_p) if top_p < 1 else probabilities), codes
+
+
+def filter_captured(logits: Tensor, temperature: Tensor, most: int, top_p: Tensor, top_k: Tensor
+                    ) -> tuple[Tensor, Tensor]:
+    """The same in a captured step, whose settings are 0-d tensors that every replay reads.
+
+    temperature is above 0; top_p and top_k are infinite to keep all, top_k is at most `most`.
+    """
+    best, codes = logits.float().topk(min(most, logits.shape[1]), dim=1)
     scaled = (best - best[:, :1]) / temperature
-    if limit is not None:
-        places = torch.arange(k, device=logits.device)
-        scaled = scaled.masked_fill(places >= limit, float("-inf"))
-    return top_p_alone(scaled.softmax(1), top_p), codes
+    positions = torch.arange(best.shape[1], device=logits.device)
+    scaled = scaled.masked_fill(positions >= top_k, float("-inf"))
+    return filter_top_p(scaled.softmax(1), top_p), codes
 
 
-def top_p_alone(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
+def filter_top_p(probabilities: Tensor, top_p: float | Tensor) -> Tensor:
     """Probabilities (N, k), descending, of which those that top-p removes are made zero."""
-    if not isinstance(top_p, Tensor) and top_p >= 1:
-        return probabilities
     before = probabilities.cumsum(1).roll(1, 1)  # cumulative probability of the better codes
     before[:, 0] = 0
     removed = before > top_p
@@ -145,7 +148,7 @@ class Sampler:
     def __init__(self, gpt: GPT, int8: bool = False):
         self.gpt = rounded(gpt) if int8 else packed(gpt, ROWS)
         self.sizes = SIZES if rows_agree(self.gpt, (*SIZES, 2 * ROWS)) else (ROWS,)
-        self.blocks: dict[bool, Block] = {}  # by whether they are guided, which doubles the rows
+        self.blocks: dict[bool, RowBlock] = {}  # by whether they are guided, which doubles the rows
         self.lock = threading.Lock()  # one call at a time has the blocks
 
     def prepare(self, top_k: int, guidance: float) -> None:
@@ -169,7 +172,7 @@ class Sampler:
         Threads may call it at the same time; they wait for each other.
         """
         check_settings(temperature, top_k, top_p, guidance)
-        seeds = [whole("seed", seed, 0) for seed in seeds]
+        seeds = [whole_number("seed", seed, 0) for seed in seeds]
         # The best code alone is what a temperature of 0 means.
         settings = Settings(temperature or 1.0, int(top_k) if temperature else 1, top_p, guidance)
         config = self.gpt.config
@@ -212,16 +215,16 @@ class Sampler:
                 result[start:start + len(own)] = block.codes[:len(own)].cpu()
         return result
 
-    def block(self, images: int, guided: bool) -> Block:
+    def block(self, images: int, guided: bool) -> RowBlock:
         """The smallest block that holds so many images, up to ROWS; the last one is kept."""
         rows = next(size for size in self.sizes if size >= images)
         if guided not in self.blocks or self.blocks[guided].rows != rows:
-            kind = StaticBlock if self.gpt.position.is_cuda else Block
+            kind = StaticRowBlock if self.gpt.position.is_cuda else RowBlock
             self.blocks[guided] = kind(self.gpt, rows, guided)
         return self.blocks[guided]
 
 
-class Block:
+class RowBlock:
     """`rows` images in the making, and the whole step that adds a code to each."""
 
     def __init__(self, gpt: GPT, rows: int, guided: bool):
@@ -270,6 +273,11 @@ class Block:
         self.largest.zero_()
         self.settings = settings
 
+    def filter(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As `filter_logits`, by the settings."""
+        own = self.settings
+        return filter_logits(logits, own.temperature, own.top_k, own.top_p)
+
     def advance(self, position: int) -> None:
         """Add code number `position`, all before it being there."""
         self.step(position + 1, True)
@@ -284,8 +292,7 @@ class Block:
         if self.guided:
             conditional, null = logits.chunk(2)
             logits = null + own.guidance * (conditional - null)
-        probabilities, codes = filter_logits(logits, own.temperature, own.top_k, own.top_p,
-                                             own.limit)
+        probabilities, codes = self.filter(logits)
         code = draw(probabilities, codes, self.uniforms.index_select(1, at)[:, 0])
         if self.forcing:
             forced = self.forced.index_select(1, at)[:, 0]
@@ -298,7 +305,7 @@ class Block:
         self.x.copy_(torch.cat([x, x]) if self.guided else x)
 
 
-class StaticBlock(Block):
+class StaticRowBlock(RowBlock):
     """The same with tensors for all that changes, so that captured CUDA graphs can replay its step.
 
     One graph for each bucket of the cache and number of sorted codes.  They share one memory pool:
@@ -336,6 +343,10 @@ class StaticBlock(Block):
         self.numbers.copy_(torch.tensor([max(settings.temperature, 1e-6), top_p, settings.guidance,
                                          settings.top_k or float("inf")]))
         self.cache.store.zero_()  # for new memory and images that overflowed may hold anything
+
+    def filter(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own = self.settings
+        return filter_captured(logits, own.temperature, own.top_k, own.top_p, own.limit)
 
     def advance(self, position: int) -> None:
         prefix = self._bucket(position)

@@ -18,7 +18,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from scripts.cog_schema import ROOT, openapi_schema
+from scripts.serving.schema import ROOT, openapi_schema
 
 
 def free_port() -> int:

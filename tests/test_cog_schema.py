@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.cog_schema import ROOT, openapi_schema
+from scripts.serving.schema import ROOT, openapi_schema
 
 GOLDEN = Path(__file__).parent / "openapi_schema.json"
 

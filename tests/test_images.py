@@ -24,7 +24,7 @@ from scripts.data.captions import read_captions
 from scripts.data.dataset import open_parts, refuse_inside
 from scripts.data.images import ENDINGS, draw, split
 from scripts.data.presets import open_images
-from scripts.data.transforms import Views, all_views, batches, centre_view, order, random_view
+from scripts.data.transforms import ViewDataset, all_views, batches, centre_view, order, random_view
 
 
 def encoded(image, kind="PNG", **options):
@@ -617,7 +617,7 @@ def test_without_scale_and_flip_a_square_image_stays_as_it_is(small_images):
     both = {tuple(random_view(image, 8, rng, scale=1.0).flatten().tolist()) for _ in range(20)}
     assert both == {tuple(v.flatten().tolist()) for v in (view, view.flip(2))}
     with pytest.raises(ValueError, match="got 1.5"):
-        Views(small_images, 8, scale=1.5)
+        ViewDataset(small_images, 8, scale=1.5)
 
 
 @given(st.integers(1, 50), st.integers(0, 300), st.integers(1, 200), st.integers(0, 5))

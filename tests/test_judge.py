@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.emoji import judge as judging
-from scripts.emoji.judge import ALL_PLACES, ALL_TIMES, WEIGHTS, Judge, load_judge, share
+from scripts.emoji.judge import ALL_PLACES, ALL_TIMES, WEIGHTS, Judge, load_judge, share_right
 from scripts.emoji.world import Labels
 
 
@@ -46,7 +46,7 @@ def test_every_question_is_marked_by_itself(answered):
 
 
 def test_what_was_not_asked_does_not_count():
-    assert share([True, None, False, None, True, True]) == 0.75
+    assert share_right([True, None, False, None, True, True]) == 0.75
 
 
 def test_targets_hold_all_objects_and_no_time_where_there_is_none():

@@ -296,8 +296,8 @@ def test_clip_receives_an_image_moved_a_little_and_one_of_its_captions(clip_stat
     state = clip_state()
     task, lines = state.task, set()
     for step in range(10):
-        index, views = task.feed(step)
-        task.feed.next = -1  # let the batch ask for the same
+        index, views = task.loader(step)
+        task.loader.next = -1  # let the batch ask for the same
         batch = task.batch(step)
         for i, view, pixels, tokens in zip(index.tolist(), views, batch.pixels, batch.tokens,
                                            strict=True):

@@ -19,7 +19,7 @@ from clipgen.sampling import (
     ROWS,
     Sampler,
     Settings,
-    StaticBlock,
+    StaticRowBlock,
     draw,
     filter_logits,
     uniforms,
@@ -121,7 +121,7 @@ def test_threads_that_share_a_sampler_wait_for_each_other(gpt):
 def test_the_step_needs_no_value_on_the_cpu(guided, added):
     """What a CUDA graph captures must not look at a tensor; on meta there is nothing to see."""
     gpt = micro_gpt(null_embedding=True, added=added)
-    block = StaticBlock(gpt.to("meta"), ROWS, guided)
+    block = StaticRowBlock(gpt.to("meta"), ROWS, guided)
     with torch.no_grad():
         block.begin(torch.zeros(ROWS, 32, device="meta"), torch.zeros(ROWS, 16),
                     Settings(0.7, 5, 0.9, 2.0))
@@ -182,7 +182,7 @@ def test_codes_equal_the_plain_implementations(kind, count, seed, temperature, t
         patch.setattr(sampling, "SORTED", 8)
         patch.setattr(sampling, "BUCKET", 4)
         if kind == "static":
-            patch.setattr(sampling, "Block", StaticBlock)
+            patch.setattr(sampling, "RowBlock", StaticRowBlock)
         if kind != "packed":
             patch.setattr(packing, "_possible", lambda weight: False)
         ours = Sampler(gpt).sample(embeddings, seeds, temperature, top_k, top_p, guidance)
@@ -318,7 +318,7 @@ def sampler_of(kind, gpt):
             patch.setattr(packing, "_possible", lambda weight: False)
         sampler = Sampler(gpt)
     if kind == "static":  # else made at the first call, of the kind that suits the device
-        sampler.blocks = {guided: StaticBlock(gpt, ROWS, guided) for guided in (False, True)}
+        sampler.blocks = {guided: StaticRowBlock(gpt, ROWS, guided) for guided in (False, True)}
         sampler.sizes = (ROWS,)
     return sampler
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.cog_schema import ROOT, openapi_schema
+from scripts.serving.schema import ROOT, openapi_schema
 from scripts.training.cli import number, positive
 
 TEXT = "a cat on the beach at night"

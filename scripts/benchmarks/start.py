@@ -34,7 +34,7 @@ from tqdm import tqdm
 from clipgen.bundle import FILES
 from clipgen.device import find_device
 from scripts.benchmarks.serve import serving
-from scripts.cog_schema import ROOT
+from scripts.serving.schema import ROOT
 from scripts.training.cli import positive
 
 # The clock is the machine's, so that it goes on from this process to the next.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,28 +53,28 @@ def stack_views(images: Images, size: int, count: int) -> tuple[list[int], Tenso
     return indices[:count], torch.cat(views)[:count]
 
 
-class Feed:
+class BatchLoader:
     """The batch of a step, for this process: indices (B,) and pixels uint8 (B, 3, S, S).
 
-    A function of the step alone; steps taken in order are read ahead.
+    A function of the step alone; steps taken in order are read ahead, by `workers` processes.
+    `batch` is that of this process, `scale` and `flip` are as in `random_view`.
     """
 
-    def __init__(self, images: Images, size: int, a: argparse.Namespace, accelerator: Accelerator,
-                 steps: int):
-        self.images, self.size, self.a, self.steps = images, size, a, steps
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+    def __init__(self, images: Images, size: int, accelerator: Accelerator, steps: int, *,
+                 batch: int, seed: int, scale: float, flip: bool, workers: int):
+        self.images, self.size, self.steps, self.workers = images, size, steps, workers
+        self.settings = {"batch": batch, "seed": seed, "scale": scale, "flip": flip,
+                         "rank": accelerator.process_index, "world": accelerator.num_processes}
         self.next = -1
         self.iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         if step != self.next:
-            self.iterator = self.batches(step, self.steps - step, self.a.workers)
+            self.iterator = self.batches(step, self.steps - step, self.workers)
         self.next = step + 1
         return next(self.iterator)
 
     def batches(self, step: int, steps: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of `steps` steps from `step`; asking for them moves nothing."""
-        a = self.a
-        return iter(batches(self.images, self.size, a.batch, seed=a.seed, first_step=step,
-                            steps=steps, rank=self.rank, world=self.world, scale=a.scale,
-                            flip=a.flip, workers=workers))
+        return iter(batches(self.images, self.size, first_step=step, steps=steps, workers=workers,
+                            **self.settings))

@@ -71,7 +71,7 @@ def order(count: int, position: int, length: int, seed: int) -> Tensor:
     return torch.cat([_permutation(count, seed, e) for e in epochs])[start:start + length]
 
 
-class Views(Dataset):
+class ViewDataset(Dataset):
     """Maps (index, key) to (index used, pixels uint8 (3, size, size)).
 
     A key, any ints, names a random view; None is the centre view.  An unreadable image is replaced
@@ -124,7 +124,7 @@ class _Skipped:
         return f"{self.images.names[i]}: could not be read a moment ago"
 
 
-def _load(views: Views, plan: list | Iterator, workers: int) -> DataLoader:
+def _load(views: ViewDataset, plan: list | Iterator, workers: int) -> DataLoader:
     # A generator of its own: otherwise the loader draws from torch's, which belongs to the run.
     return DataLoader(views, batch_sampler=plan, num_workers=workers, generator=torch.Generator())
 
@@ -144,7 +144,7 @@ def batches(images: Images, size: int, batch: int, *, seed: int, first_step: int
             yield [(i, (seed, VIEW, start + slot)) for slot, i in enumerate(indices)]
 
     skipped = _Skipped(images)
-    views = Views(images, size, scale, flip)
+    views = ViewDataset(images, size, scale, flip)
     for asked, (used, pixels) in zip(plan(), _load(views, plan(), workers), strict=True):
         for (index, _), found in zip(asked, used.tolist(), strict=True):
             if index != found:
@@ -164,7 +164,7 @@ def all_views(images: Images, size: int, batch: int,
             yield [(i, None) for i in range(start, min(start + batch, len(images)))]
 
     skipped = _Skipped(images)
-    views = Views(images, size, scale=1.0)
+    views = ViewDataset(images, size, scale=1.0)
     for asked, (used, pixels) in zip(plan(), _load(views, plan(), workers), strict=True):
         for (index, _), found in zip(asked, used.tolist(), strict=True):
             if index != found:

@@ -31,7 +31,7 @@ import torch
 
 from clipgen import ClipGen
 from scripts.data.files import write_text
-from scripts.emoji.judge import draw_labelled, load_judge, share
+from scripts.emoji.judge import draw_labelled, load_judge, share_right
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import OBJECTS
 from scripts.evaluation import metrics
@@ -89,7 +89,7 @@ def train_quantizer(name: str, a: argparse.Namespace) -> dict[str, float]:
     copies = torch.cat([vqgan.decode(vqgan.encode(part.float() / 255))
                         for part in draw_labelled(labels, SIZE, [0, 5]).split(32)])
     return {"psnr_db": scores["psnr_db"], "codebook_usage": scores["codebook_usage"],
-            "object_right_of_copies": share(load_judge().right(copies, labels)["objects"])}
+            "object_right_of_copies": share_right(load_judge().right(copies, labels)["objects"])}
 
 
 def train(variant: str, quantizer: str, seed: int,
@@ -119,7 +119,7 @@ def measure(bundle: Path, a: argparse.Namespace, candidates: int = 1,
     of_images, *_ = sample(model, originals, 1, candidates, settings)
 
     def right(made: torch.Tensor) -> float:
-        return share(judge.right(made.float() / 255, labels)["objects"])
+        return share_right(judge.right(made.float() / 255, labels)["objects"])
 
     with torch.no_grad():
         features = [judge.embed(x.float() / 255).numpy() for x in (images, others)]

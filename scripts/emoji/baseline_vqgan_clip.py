@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from clipgen import ClipGen
 from clipgen.pipeline import to_image
-from scripts.emoji.judge import Judge, draw_labelled, load_judge, share
+from scripts.emoji.judge import Judge, draw_labelled, load_judge, share_right
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import Labels
 from scripts.evaluation import metrics
@@ -85,8 +85,9 @@ def scores(model: ClipGen, judge: Judge, images: Tensor, texts: list[str], label
     right = judge.right(images.float() / 255, labels)
     a, b = (judge.embed(x.float() / 255).numpy() for x in (images, real))
     near = fit(model.clip, images, texts, 0)
-    return {"object_right": share(right["objects"]), "place_right": share(right["place"]),
-            "time_right": share(right["time"]), "clip_score": near["clip_score"],
+    return {"object_right": share_right(right["objects"]),
+            "place_right": share_right(right["place"]),
+            "time_right": share_right(right["time"]), "clip_score": near["clip_score"],
             "frechet_distance": metrics.frechet_distance(a, b), "mmd": metrics.mmd(a, b)}
 
 

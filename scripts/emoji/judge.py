@@ -94,7 +94,7 @@ class Judge(nn.Module):
         return {"objects": objects, "place": places, "time": times}
 
 
-def share(verdicts: Sequence[bool | None]) -> float:
+def share_right(verdicts: Sequence[bool | None]) -> float:
     """Of those that were asked, the share right; NaN of none."""
     asked = [verdict for verdict in verdicts if verdict is not None]
     return sum(asked) / len(asked) if asked else float("nan")
@@ -151,7 +151,7 @@ def score_on_renders(judge: Judge, count: int, first: int = FRESH_SEED,
     """Shares right on new renders of that size and any combination, held out or not."""
     scenes = Scenes(range(first, first + count), len(judge.objects), size, held_out=None)
     pixels, labels = renders(scenes)
-    return {q: share(hits) for q, hits in judge.right(pixels.float() / 255, labels).items()}
+    return {q: share_right(hits) for q, hits in judge.right(pixels.float() / 255, labels).items()}
 
 
 def train(objects: int, steps: int, batch: int, count: int) -> Judge:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipgen import ClipGen
-from scripts.emoji.judge import FRESH_SEED, Judge, draw_labelled, score_on_renders, share
+from scripts.emoji.judge import FRESH_SEED, Judge, draw_labelled, score_on_renders, share_right
 from scripts.emoji.prompts import (
     held_out_labels,
     texts_of,
@@ -59,12 +59,12 @@ def text_scores(judge: Judge, prompts: Prompts, best: Tensor, first: Tensor) -> 
     for i, text in enumerate(prompts.texts):
         if wrong := [question for question, hits in right.items() if hits[i] is False]:
             print(f"wrong {', '.join(wrong)}: {text}", file=sys.stderr)
-    scores = {"object_right": share(right["objects"][:n]),
-              "object_right_one_candidate": share(single["objects"][:n]),
-              "place_right": share(right["place"]), "time_right": share(right["time"])}
+    scores = {"object_right": share_right(right["objects"][:n]),
+              "object_right_one_candidate": share_right(single["objects"][:n]),
+              "place_right": share_right(right["place"]), "time_right": share_right(right["time"])}
     if prompts.twos:
-        scores["both_objects_right"] = share(right["objects"][n:])
-        scores["both_objects_right_one_candidate"] = share(single["objects"][n:])
+        scores["both_objects_right"] = share_right(right["objects"][n:])
+        scores["both_objects_right_one_candidate"] = share_right(single["objects"][n:])
     return scores
 
 
@@ -73,10 +73,10 @@ def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample,
     """One candidate each: pairs that training never showed against pairs that it may have shown,
     and texts against the embeddings of renders that show the same."""
     def right(conditions: Sequence[str] | Tensor, labels: list[Labels]) -> float:
-        return share(judge.right(sample(conditions, 1)[1].float() / 255, labels)["objects"])
+        return share_right(judge.right(sample(conditions, 1)[1].float() / 255, labels)["objects"])
 
     n = len(prompts.ones)
-    unseen = share(judge.right(first[:n].float() / 255, prompts.ones)["objects"])
+    unseen = share_right(judge.right(first[:n].float() / 255, prompts.ones)["objects"])
     moved = with_seen_places(prompts.ones, seed)
     seen = right(texts_of(moved, seed), moved)
     of_images = right(draw_labelled(prompts.ones, size, [seed, 5]), prompts.ones)

@@ -58,7 +58,7 @@ def load(directory: Path, report: bool = True) -> dict[str, Any] | None:
     """
     state, damaged = None, []
     for _, path in found(directory):
-        if whole(path):
+        if is_whole(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             break
         damaged.append(path.name)
@@ -68,7 +68,7 @@ def load(directory: Path, report: bool = True) -> dict[str, Any] | None:
     return state
 
 
-def whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether the content of a checkpoint is what its name says; not where it cannot be read."""
     try:
         return sha256(path)[:16] == PATTERN.fullmatch(path.name)[2]

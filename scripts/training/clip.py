@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
-from scripts.data.dataset import Feed, open_parts, refuse_inside, stack_views
+from scripts.data.dataset import BatchLoader, open_parts, refuse_inside, stack_views
 from scripts.data.images import Images
 from scripts.training.cli import positive, scale, setting, whole
 from scripts.training.optim import adamw
@@ -137,7 +137,9 @@ class CLIPTask:
         self.lines = lines
         texts = sorted({line for each in lines for line in each})
         self.tokens = dict(zip(texts, clip.tokenize(texts), strict=True))
-        self.feed = Feed(images, settings.size, settings, accelerator, steps)
+        self.loader = BatchLoader(
+            images, settings.size, accelerator, steps, batch=settings.batch, seed=settings.seed,
+            scale=settings.scale, flip=settings.flip, workers=settings.workers)
 
     def parts(self) -> dict[str, Part]:
         self.embed, optimizer = self.accelerator.prepare(
@@ -150,7 +152,7 @@ class CLIPTask:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = slice(rank * size, (rank + 1) * size)
         random = generator(self.settings.seed, step)
-        index, pixels = self.feed(step)
+        index, pixels = self.loader(step)
         which = torch.rand(world * size, generator=random)[mine].tolist()
         moves = torch.randint(-3, 4, (world * size, 2), generator=random)[mine]
         lines = [self.lines[i] for i in index]

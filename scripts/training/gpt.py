@@ -50,7 +50,7 @@ class GPTSettings(RunSettings):
     width: int | None = setting(None, f"({NEW['width']}, or that of --from)", type=positive)
     heads: int | None = setting(None, f"({NEW['heads']}, or that of --from)", type=positive)
     neighbours: int | None = setting(None, "how many codes above and beside the one that is "
-                                     f"forecast are inputs too ({NEW['neighbours']})", type=whole)
+                                     f"predicted are inputs too ({NEW['neighbours']})", type=whole)
     modulated: bool | None = setting(None, "the condition scales and shifts in every block "
                                      f"({said(NEW['modulated'])})", type=answer)
     squared_relu: bool | None = setting(None, "instead of GELU "

@@ -125,7 +125,7 @@ def centre(embedding: Tensor, mean: Tensor | None) -> Tensor:
 
 class EmbeddingReconstruction(nn.Module):
     """The paper's embedding-reconstruction loss: 1 - cosine of the condition and of what CLIP sees
-    in the forecast codes, decoded; the argmax passes gradients straight through (1308.3432)."""
+    in the predicted codes, decoded; the argmax passes gradients straight through (1308.3432)."""
 
     def __init__(self, clip: CLIP, vqgan: VQGAN):
         super().__init__()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipgen.vqgan import VQGAN, VQGANConfig
-from scripts.data.dataset import Feed, open_parts, refuse_inside, stack_views
+from scripts.data.dataset import BatchLoader, open_parts, refuse_inside, stack_views
 from scripts.data.images import Images
 from scripts.evaluation.scores import copy_scores
 from scripts.training.cli import amount, positive, scale, setting, share, whole
@@ -130,7 +130,9 @@ class VQGANTask:
             self.model.to(memory_format=torch.channels_last)
         self.perceptual = perceptual.to(device) if perceptual else None
         self.discriminator = Discriminator(settings.gan_channels).to(device)
-        self.feed = Feed(images, vqgan.config.image_size, settings, accelerator, steps)
+        self.loader = BatchLoader(
+            images, vqgan.config.image_size, accelerator, steps, batch=settings.batch,
+            seed=settings.seed, scale=settings.scale, flip=settings.flip, workers=settings.workers)
         self.used = torch.zeros(vqgan.config.codebook_size, device=device)  # codes, lately
         self.new = not (settings.start_from or settings.decoder_of)
         self.quantized_from = round(settings.unquantized * steps) if self.new else 0
@@ -150,7 +152,7 @@ class VQGANTask:
                                       self.discriminator_loss, begins=self.gan_start, rate=0.5)}
 
     def batch(self, step: int) -> VQGANBatch:
-        pixels = self.feed(step)[1].to(self.accelerator.device).float() / 255
+        pixels = self.loader(step)[1].to(self.accelerator.device).float() / 255
         if step == 0 and self.new:
             whiten(self.model, self.accelerator.gather(pixels))
         if step == self.quantized_from and self.new:
@@ -218,7 +220,7 @@ class VQGANTask:
         needed = 4 * self.model.config.codebook_size / self.model.config.grid**2
         count = min(64, int(needed / (len(pixels) * self.accelerator.num_processes)))
         views = [pixels, *(v.to(pixels.device).float() / 255
-                           for _, v in self.feed.batches(step + 1, count))]
+                           for _, v in self.loader.batches(step + 1, count))]
         self.used.zero_()
         self.restart([self.model.encoder(v * 2 - 1).float() for v in views], step)
 

@@ -1,0 +1,1 @@
+"""What the server needs beside predict.py."""
