@@ -96,12 +96,17 @@ class Predictor(BasePredictor):
         ),
     ) -> list[Path]:
         """Image files, best first. A bad value or too little memory raises one clear sentence."""
-        given = {name: checked(name, value) for name, value in locals().items() if name in INPUTS}
+        given = {
+            "text": text, "num_outputs": num_outputs, "candidates": candidates, "seed": seed,
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance,
+            "output_format": output_format, "output_quality": output_quality, "image": image,
+            "image_weight": image_weight, "negative_text": negative_text,
+            "init_image": init_image, "mask": mask, "keep": keep, "metadata": metadata}
+        given = {name: checked(name, value) for name, value in given.items()}
         if given["image"] is None and not given["text"].strip():
             raise ValueError("text must be 1 to 1000 characters and not blank, unless an image is "
                              f"given, got {reprlib.repr(given['text'])}.")
-        for previous in Path(self.outputs.name).iterdir():  # Cog never deletes them
-            shutil.rmtree(previous)
+        empty(Path(self.outputs.name))  # Cog deletes no outputs
         folder = Path(tempfile.mkdtemp(dir=self.outputs.name))
 
         if given["candidates"] < given["num_outputs"]:
@@ -163,6 +168,18 @@ class Percent:
         spent, left = (f"{int(t) // 60:02d}:{int(t) % 60:02d}" for t in (seconds, left))
         print(f"{100 * done // total:3d}%|{bar:10}| {done}/{total} [{spent}<{left}, "
               f"{done / seconds:.1f}code/s]", flush=True)
+
+
+def empty(folder: Path) -> None:
+    """Leave an empty folder there, also where it is gone or something else stands in its place."""
+    if folder.is_symlink() or folder.is_file():  # a link is removed, not followed
+        folder.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    for previous in folder.iterdir():
+        if previous.is_dir() and not previous.is_symlink():
+            shutil.rmtree(previous)
+        else:
+            previous.unlink()
 
 
 INPUTS = dict(list(inspect.signature(Predictor.predict).parameters.items())[1:])  # without self

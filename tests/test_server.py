@@ -539,3 +539,22 @@ def test_out_of_memory_says_what_to_lower(error):
     with pytest.raises(RuntimeError, match="candidates 64: try a lower number") as caught:
         predictor.generate(text=TEXT, candidates=64)
     assert caught.value.__context__ is None  # nothing keeps the tensors of the failed call
+
+
+@pytest.mark.parametrize("stands", ["gone", "full", "file", "link"])
+def test_the_folder_of_outputs_is_made_anew(stands, tmp_path):
+    """A cleaner of temporary files may have been there."""
+    folder, other = tmp_path / "outputs", tmp_path / "other"
+    other.mkdir()
+    (other / "kept").write_text("somebody's")
+    if stands == "full":
+        (folder / "earlier").mkdir(parents=True)
+        (folder / "earlier" / "output.png").touch()
+        (folder / "link").symlink_to(other)
+    elif stands == "file":
+        folder.touch()
+    elif stands == "link":
+        folder.symlink_to(other)
+    predict.empty(folder)
+    assert folder.is_dir() and not folder.is_symlink() and not list(folder.iterdir())
+    assert (other / "kept").read_text() == "somebody's"
