@@ -43,7 +43,7 @@ from clipgen.clip import CLIP, CLIPConfig
 from clipgen.device import default_dtype
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.pipeline import to_image
-from clipgen.sampling import ROWS, Block, Sampler, Settings, draw, filter_logits, uniforms
+from clipgen.sampling import ROWS, RowBlock, Sampler, Settings, draw, filter_logits, uniforms
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.benchmarks.device import settle
 from scripts.training.cli import positive, whole
@@ -67,7 +67,7 @@ def inputs(gpt: GPT, rows: int) -> tuple[Tensor, Tensor]:
     return embeddings.to(gpt.position), uniforms(range(rows), gpt.config.block_size)
 
 
-def blocks(sampler: Sampler, rows: int) -> list[Block]:
+def blocks(sampler: Sampler, rows: int) -> list[RowBlock]:
     """Those that so many images take."""
     return [sampler.block(min(ROWS, rows - start), guided=False) for start in range(0, rows, ROWS)]
 
