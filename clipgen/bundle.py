@@ -1,4 +1,4 @@
-"""A bundle: one directory that holds one model, and nothing on faith.
+"""A bundle: one directory that holds one model, checked when it is loaded.
 
     config.json         format version, the sizes of the three parts, sampling defaults, what it was
                         trained on, the size and sha256 of every weights file
@@ -7,8 +7,8 @@
     gpt.safetensors
     README.md           the model card: optional, free to edit
 
-Any other file in the directory is an error, since somebody may mean it to count; hidden files and
-folders are ignored.
+Any other file in the directory is an error, since somebody may take it for a part of the model.
+Hidden files and folders are ignored.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from clipgen.vqgan import VQGAN, VQGANConfig
 FORMAT_VERSION = 1
 PARTS = {"clip": CLIP, "vqgan": VQGAN, "gpt": GPT}
 FILES = {part: f"{part}.safetensors" for part in PARTS}
-# Keys that came after the first bundles were written, and what those bundles mean.
+# Keys added since the first bundles, with the values that a bundle without them has.
 ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
          "vqgan": {"norm_groups": 32, "patch": 1, "middle_attention": True},
          "gpt": {"neighbours": 0, "modulated": False, "squared_relu": False}}
-AGAIN = "copy or download the bundle again, or make it anew"
+AGAIN = "copy or download the bundle again, or rebuild it"
 
 
 class BundleError(ValueError):
@@ -49,7 +49,7 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What `generate` does where it is not told; `clipgen.sampling` applies it.
+    """The sampling settings that `generate` uses where it is given none.
 
     temperature >= 0 (0: argmax), top_k >= 0 (0: all codes), top_p from 0 to 1 (1: all codes),
     guidance >= 0 (1: none).
@@ -73,7 +73,7 @@ class SamplingDefaults:
 
 @dataclass
 class Bundle:
-    """The three modules, in eval mode and without gradients, and what config.json says of them."""
+    """The three modules, in eval mode and without gradients, and the rest of config.json."""
 
     clip: CLIP
     vqgan: VQGAN
@@ -101,7 +101,7 @@ def load_bundle(directory: str | Path, device: str | torch.device = "cpu",
                 dtype: torch.dtype = torch.float32) -> Bundle:
     """Read and check a bundle.  `dtype` is the GPT's; CLIP and the VQGAN always run in float32.
 
-    Raises BundleError, one sentence, for every kind of damage.
+    BundleError, in one sentence, for every kind of damage.
     """
     directory = Path(directory)
     config = _read_config(directory)
@@ -125,19 +125,19 @@ def load_vqgan(directory: str | Path, device: str | torch.device = "cpu") -> VQG
 def save_bundle(directory: str | Path, *, clip: CLIP, vqgan: VQGAN, gpt: GPT,
                 sampling: SamplingDefaults, trained_on: dict[str, Any],
                 dtype: torch.dtype = torch.float16) -> None:
-    """Write a bundle, over an older one if there is one; `dtype` is that of the stored weights.
+    """Write a bundle, replacing an older one; `dtype` is that of the stored weights.
 
-    All files are written under hidden names first, so that a save that fails changes nothing; then
-    each is put in place in one step, config.json last, so that a half replaced bundle fails its
-    checksums instead of loading.  BundleError: parts that do not fit together, weights that are not
-    finite or do not fit `dtype`, other weights in the directory.
+    All files are first written under hidden names, so a failed save changes nothing.  Then each is
+    renamed into place, config.json last, so a half-replaced bundle fails its checksums instead of
+    loading.  BundleError: parts that do not match, weights that are not finite or overflow `dtype`,
+    unknown files in the directory.
     """
     directory = Path(directory)
     _check_agreement(directory, clip.config, vqgan.config, gpt.config, sampling)
     config = {"format_version": FORMAT_VERSION, "clip": asdict(clip.config),
               "vqgan": asdict(vqgan.config), "gpt": asdict(gpt.config),
               "sampling": asdict(sampling), "trained_on": trained_on, "files": {}}
-    json.dumps(config, allow_nan=False)  # anything that is not JSON fails here, nothing written
+    json.dumps(config, allow_nan=False)  # what is not JSON fails here, before any write
     directory.mkdir(parents=True, exist_ok=True)
     refuse_other_files(directory)
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp"
@@ -149,7 +149,7 @@ def save_bundle(directory: str | Path, *, clip: CLIP, vqgan: VQGAN, gpt: GPT,
             config["files"][FILES[part]] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         text = json.dumps(config, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         temporary["config.json"].write_text(text, encoding="utf-8")
-        for path in temporary.values():  # on the disk before any of them counts
+        for path in temporary.values():  # flushed to disk before the first rename
             _sync(path)
         for name, path in temporary.items():
             os.replace(path, directory / name)
@@ -174,7 +174,7 @@ def _write_weights(path: Path, temporary: Path, module: nn.Module, dtype: torch.
     temporary.touch()
     mode = temporary.stat().st_mode
     save_file(tensors, temporary)
-    temporary.chmod(mode)  # safetensors leaves its files readable by their owner alone
+    temporary.chmod(mode)  # safetensors makes its files readable by the owner only
 
 
 def _sync(path: Path) -> None:
@@ -201,7 +201,7 @@ def _read_config(directory: Path) -> Config:
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
     version = data.get("format_version") if isinstance(data, dict) else None
-    # The version comes first: a later format may well have other keys.
+    # Check the version first: a later format may have other keys.
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise BundleError(f"{path} has the format version {version!r}, this clipgen reads "
                           f"{FORMAT_VERSION}: update clipgen, or {AGAIN}")
@@ -261,8 +261,8 @@ def _check_agreement(path: Path, clip: CLIPConfig, vqgan: VQGANConfig, gpt: GPTC
             ("gpt codebook_size", gpt.codebook_size, "vqgan codebook_size", vqgan.codebook_size),
             ("gpt block_size", gpt.block_size, "codes of a vqgan image", vqgan.grid ** 2)):
         if left != right:
-            raise BundleError(f"{path} joins parts that do not fit: {what} is {left}, {what_else} "
-                              f"{right}: take all parts from one training run")
+            raise BundleError(f"{path} joins parts that do not match: {what} is {left}, "
+                              f"{what_else} {right}: take all parts from one training run")
     if sampling.guidance != 1 and not gpt.null_embedding:
         raise BundleError(f"{path} asks for the sampling guidance {sampling.guidance}, but its gpt "
                           "has no null_embedding: set guidance to 1")
@@ -285,16 +285,16 @@ def _check_size(directory: Path, config: Config, file: str) -> None:
         raise BundleError(f"{path} is missing: {AGAIN}")
     if path.stat().st_size != size:
         raise BundleError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}, "
-                          f"so it is cut short or another file: {AGAIN}")
+                          f"so it is truncated or the wrong file: {AGAIN}")
 
 
 def _load(directory: Path, config: Config, parts: Sequence[str], device: str | torch.device,
           dtype: torch.dtype = torch.float32) -> list[Any]:
     """Those parts of a bundle, the GPT in `dtype`."""
-    for part in parts:  # cheap: all of them before the first one is hashed
+    for part in parts:  # cheap, so before any hashing
         _check_size(directory, config, FILES[part])
-    # Hashing reads a file as fast as the disk is, and then it is in memory.  It runs ahead: while a
-    # part is made of its file, the files after it are hashed.
+    # Hashing runs ahead in its own thread: while one part is built, the next files are hashed, and
+    # are then in the page cache.
     ahead = ThreadPoolExecutor(1)
     digests = {part: ahead.submit(_sha256, directory / FILES[part]) for part in parts}
     try:
@@ -309,7 +309,7 @@ def _load_part(directory: Path, config: Config, part: str, digest: Future[str],
     whole = _build(directory, PARTS[part], getattr(config, part))
     path = directory / FILES[part]
     if digest.result() != config.files[path.name]["sha256"]:
-        raise BundleError(f"{path} is not the file config.json describes, its sha256 differs: "
+        raise BundleError(f"{path} does not match config.json (another sha256): "
                           f"{AGAIN}")
     module = whole.model if part == "clip" else whole
     module.load_state_dict(_read(path, module.state_dict(), device, dtype), assign=True)
@@ -331,7 +331,7 @@ def _build(directory: Path, kind: type, config: Any) -> Any:
             return CLIP.on_meta(config)
         with torch.device("meta"):
             return kind(config)
-    except Exception as error:  # of any kind: what open_clip makes of odd settings is open
+    except Exception as error:  # open_clip may raise anything for odd settings
         reason = str(error).partition("\n")[0]
         raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
                           f"built ({reason}): {AGAIN}") from error
@@ -370,7 +370,7 @@ def _ready(module: Any) -> Any:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     left = [name for name, tensor in tensors if tensor.is_meta]
     if left:
-        raise RuntimeError(f"{type(module).__name__} was built without values for {left}")
+        raise RuntimeError(f"{type(module).__name__} has tensors without values: {left}")
     return module.eval().requires_grad_(False)
 
 

@@ -14,28 +14,28 @@ from torch import Tensor, nn
 
 # CLIP's byte-pair encoding (openai/CLIP, simple_tokenizer.py): its special ids, its size.
 PADDING, START, END, FULL_VOCABULARY = 0, 49406, 49407, 49408
-TEXTS_PER_PASS, IMAGES_PER_PASS = 256, 64  # bounds memory, changes nothing else
+TEXTS_PER_PASS, IMAGES_PER_PASS = 256, 64  # limits memory, does not change results
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """An open_clip model config and what its pixels and tokens must look like.
+    """An open_clip model config, and how its pixels and tokens are prepared.
 
     `model` is the content of one of open_clip's `model_configs/*.json`: `embed_dim`, `quick_gelu`,
     `vision_cfg`, `text_cfg`.  `image_mean` and `image_std` are those of openai/CLIP unless given.
 
-    `vocabulary` makes the token table compact: the ids of CLIP's byte-pair encoding that have a
-    row, sorted; None keeps all 49,408.  Row i of the table is the token `vocabulary[i]`.  Two rules
-    follow from how open_clip reads its input:
-    * the order is that of the ids, so that end-of-text, the largest id, is also the largest row
+    `vocabulary` makes the token table compact.  It lists, sorted, the ids of CLIP's byte-pair
+    encoding that have a row: row i is the token `vocabulary[i]`.  None keeps all 49,408.
+    open_clip reads its tokens in a way that sets two rules:
+    * rows are sorted by id, so that end-of-text, the largest id, is also the largest row
       (open_clip pools a text at the argmax of its tokens);
-    * row 0 is id 0, CLIP's padding; every token outside the vocabulary is read as row 0 too.
+    * row 0 is id 0, CLIP's padding; every token outside the vocabulary also becomes row 0.
     Start and end are always included, and `text_cfg.vocab_size` is the number of rows.
     `vocabulary_of` makes such a tuple from texts.
 
-    `text_embedding_mean` and `image_embedding_mean` are taken off the unit embeddings of texts and
-    of images, which are then of unit length again: CLIP's texts and images sit in two cones apart,
-    and this moves both to the middle.  None takes nothing off.
+    `text_embedding_mean` and `image_embedding_mean` are subtracted from the unit embeddings of
+    texts and images, which are then normalized again.  CLIP's texts and images lie in two separate
+    cones; subtracting the means centers both at the origin.  None: nothing is subtracted.
     """
 
     model: dict[str, Any]
@@ -64,7 +64,8 @@ class CLIPConfig:
                                      f"got {len(mean)}")
         vision, text = self.model["vision_cfg"], self.model["text_cfg"]
         if not isinstance(vision, dict) or not isinstance(text, dict):
-            raise ValueError("CLIP vision_cfg and text_cfg must be tables")
+            raise ValueError("CLIP vision_cfg and text_cfg must be JSON objects, got "
+                             f"{vision!r:.60} and {text!r:.60}")
         for key in ("hf_model_name", "hf_tokenizer_name", "timm_model_name"):
             if vision.get(key) or text.get(key):
                 raise ValueError(f"CLIP configs with {key} are not supported: "
@@ -88,7 +89,7 @@ class CLIPConfig:
 
     @classmethod
     def published(cls) -> CLIPConfig:
-        """ViT-B/32 with QuickGELU: the CLIP of the published checkpoints, and openai's own."""
+        """ViT-B/32 with QuickGELU: OpenAI's CLIP, which the published checkpoints use."""
         return cls(model={
             "embed_dim": 512,
             "quick_gelu": True,
@@ -106,8 +107,8 @@ def _tokenizer() -> Any:
 
 
 def _encode(text: str) -> list[int]:
-    """Byte-pair ids of a text, without start and end, also where the text names them: the first
-    end is where the text tower looks for the embedding."""
+    """Byte-pair ids of a text, without start and end tokens, even if the text spells them out: the
+    text tower pools at the first end token."""
     tokenizer = _tokenizer()
     if len(tokenizer.cache) > 100_000:  # open_clip remembers every word it has ever split
         tokenizer.cache = {t: t for t in ("<start_of_text>", "<end_of_text>")}
@@ -117,7 +118,7 @@ def _encode(text: str) -> list[int]:
 
 
 def _words(text: str) -> list[str]:
-    """The pieces CLIP splits a text into before byte-pair encoding, lower case."""
+    """The lower-case pieces that CLIP splits a text into before byte-pair encoding."""
     tokenizer = _tokenizer()
     clean = tokenizer.clean_fn(text.encode("utf-8", "replace").decode("utf-8"))
     return tokenizer.pat.findall(clean)
@@ -129,10 +130,10 @@ def vocabulary_of(texts: Iterable[str]) -> tuple[int, ...]:
 
 
 class CLIP(nn.Module):
-    """Both towers of an open_clip CLIP, randomly initialised; `load_bundle` fills them.
+    """Both towers of an open_clip CLIP, randomly initialized; `load_bundle` loads their weights.
 
-    The embeddings are float32 always, also under autocast: they are small next to the GPT, and
-    everything downstream depends on them.
+    Embeddings are always float32, even under autocast: CLIP costs little beside the GPT, and
+    everything downstream depends on its embeddings.
     """
 
     def __init__(self, config: CLIPConfig):
@@ -149,9 +150,9 @@ class CLIP(nn.Module):
 
     @classmethod
     def on_meta(cls, config: CLIPConfig) -> CLIP:
-        """A CLIP without values: fill `.model` by load_state_dict(assign=True), then call
+        """A CLIP on the meta device: load `.model` with load_state_dict(assign=True), then call
         `rebuild_buffers`."""
-        import open_clip.model  # noqa: F401  under torch.device its import ends in a circular one
+        import open_clip.model  # noqa: F401  importing it under torch.device is circular
 
         with torch.device("meta"):
             return cls(config)
@@ -161,10 +162,10 @@ class CLIP(nn.Module):
         return self.model.logit_scale.device
 
     def rebuild_buffers(self) -> None:
-        """Make the causal mask again on the parameters' device, after a build on the meta device.
+        """Recompute the causal mask on the parameters' device, after a build on the meta device.
 
-        The mask is not in the state dict, so loading leaves it on meta, where open_clip's
-        `encode_text` takes it without an error and answers wrong.
+        The mask is not in the state dict, so loading leaves it on meta.  open_clip's `encode_text`
+        then returns wrong embeddings without an error.
         """
         if self.model.attn_mask is not None:
             length = len(self.model.positional_embedding)
@@ -174,8 +175,8 @@ class CLIP(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Tokens int64 (N, context_length) on the CPU: start, text, end, zeros.
 
-        They are rows of this CLIP's token table: ids of CLIP's encoding, or their places in the
-        compact vocabulary.  A text too long is cut before the end token, which always remains.
+        They index this CLIP's token table: ids of CLIP's encoding, or positions in the compact
+        vocabulary.  A text that is too long is truncated; the end token always stays.
         """
         if isinstance(texts, str):
             raise ValueError(f"texts must be a list of texts, got the single text {texts[:40]!r}")
@@ -188,13 +189,14 @@ class CLIP(nn.Module):
         return tokens
 
     def truncated(self, text: str) -> bool:
-        """Whether `tokenize` cuts the text: it has more tokens than context_length - 2."""
+        """Whether `tokenize` truncates the text: it has more tokens than context_length - 2."""
         return len(_encode(text)) > self.context_length - 2
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of the text, lower case, of which any token is outside the vocabulary.
+        """The lower-case words of the text that have a token outside the vocabulary.
 
-        Each once, in the text's order; punctuation does not count.  Empty without a vocabulary.
+        No duplicates, in the text's order, without punctuation.  Empty if all tokens are known or
+        the CLIP has no vocabulary.
         """
         if self._rows is None:
             return []
@@ -205,9 +207,9 @@ class CLIP(nn.Module):
     def preprocess(self, pixels: Tensor) -> Tensor:
         """Pixels float (N, 3, H, W) in [0, 1] to what `model.encode_image` takes (N, 3, S, S).
 
-        The shorter side is resized to S = `image_size` (bicubic, antialiased, as CLIP was trained),
-        the centre cropped, the overshoot of the bicubic clamped, CLIP's mean and std applied.
-        Differentiable.  ValueError: another shape or an integer type.
+        Resizes the shorter side to S = `image_size` (bicubic, antialiased, as CLIP was trained),
+        crops the center, clamps the overshoot of the bicubic filter, applies CLIP's mean and std.
+        Differentiable.  ValueError: a wrong shape or an integer dtype.
         """
         if pixels.dim() != 4 or pixels.shape[1] != 3 or min(pixels.shape[2:]) < 1:
             raise ValueError(f"pixels must have the shape (N, 3, H, W), got {tuple(pixels.shape)}")

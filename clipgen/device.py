@@ -1,4 +1,4 @@
-"""Where the model runs: devices, the precision that suits them, and when their memory is out."""
+"""Devices: which one to use, its default precision, and whether its memory ran out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, which a CPU, a CUDA capture and cuBLAS say in RuntimeErrors."""
+    """Whether `error` means out of memory; CPUs, CUDA captures and cuBLAS raise RuntimeErrors."""
     told = re.search("(?<!illegal )memory|ALLOC_FAILED", str(error))
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or told is not None
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; for None CUDA if there is one, else the CPU.
+    """The device with that name; None: CUDA if there is a CUDA device, else the CPU.
 
-    ValueError: no name of a device, or a CUDA device that is not here.
+    ValueError: not the name of a device, or a CUDA device that does not exist.
     """
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
@@ -24,8 +24,8 @@ def find_device(device: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
     if found.type == "cuda" and (found.index or 0) >= devices:
-        raise ValueError(f"device {found}: PyTorch sees {devices} CUDA devices here, device cpu is "
-                         "always there")
+        raise ValueError(f"device {found} does not exist: PyTorch sees {devices} CUDA devices "
+                         "here; use device cpu")
     return found
 
 

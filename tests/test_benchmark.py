@@ -161,7 +161,8 @@ def test_sample_without_transformers_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_a_device_that_is_not_there_is_one_sentence(command, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refusal(capsys, command, "--device", "cuda").startswith("device cuda: PyTorch sees 0")
+    message = refusal(capsys, command, "--device", "cuda")
+    assert message.startswith("device cuda does not exist: PyTorch sees 0")
 
 
 def test_bytes_of_a_step_are_those_of_the_weights_it_uses():
@@ -221,7 +222,7 @@ def test_a_bundle_that_is_none_is_one_sentence(tmp_path, command, capsys):
 @pytest.mark.parametrize("arguments, words", [
     (("serve", "--candidates", 65), "'65' is not a whole number from 1 to 64"),
     (("serve", "--outputs", 9), "'9' is not a whole number from 1 to 8"),
-    pytest.param(("start", "--device", "cuda"), "device cuda: PyTorch sees 0 CUDA devices here",
+    pytest.param(("start", "--device", "cuda"), "device cuda does not exist: PyTorch sees 0 CUDA",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
 def test_what_the_server_or_the_machine_lacks_is_named(arguments, words, capsys):
     assert words in refusal(capsys, *arguments)

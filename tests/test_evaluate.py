@@ -224,7 +224,7 @@ def test_another_clip_can_score(bundle, tmp_path, capsys):
     (["--prompts", "x", "--candidates", "-1"], "'-1' is not a whole number from 1 to 4096"),
     (["--prompts", "x", "--top-p", "2"], "argument --top-p: '2' is not a number from 0 to 1"),
     (["--prompts", "x", "--device", "tpu"], "'tpu' is not cpu, cuda or cuda:N"),
-    (["--prompts", "x", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+    (["--prompts", "x", "--device", "cuda:99"], "--device cuda:99 does not exist"),
     (["--prompts", "x", "--features", "clip"], "--features is for distances to real images"),
     (["--prompts", "TMP/one.txt", "--images", "TMP/two", "--features", "nose"],
      "--features nose is no network: give one of inception, clip, judge"),

@@ -129,7 +129,7 @@ def test_any_request_is_made_of_single_images(model, num, candidates, seed):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"device": "cuda:99"}, "^device cuda:99: PyTorch sees .* device cpu is always there$"),
+    ({"device": "cuda:99"}, "^device cuda:99 does not exist: PyTorch sees .*; use device cpu$"),
     ({"device": "toaster"}, "^device must be cpu, cuda or cuda:N, got 'toaster'$"),
     ({"dtype": "float32"}, "^dtype must be torch.float32, .* got 'float32'$"),
     ({"dtype": torch.int64}, "^dtype must be .* got torch.int64$")])
