@@ -632,6 +632,23 @@ def test_the_order_is_one_permutation_after_another(count, position, length, see
         assert not torch.equal(order(count, 0, count, seed), order(count, count, count, seed))
 
 
+@given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 5), st.integers(0, 100),
+       st.integers(1, 60), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_what_belongs_together_stays_together_in_order(together, stretches, rest, position, length,
+                                                       seed):
+    count = stretches * together + rest % together
+    used = stretches * together
+    whole = order(count, 0, (position + length) // used * used + used, seed, together)
+    assert torch.equal(order(count, position, length, seed, together),
+                       whole[position:position + length])
+    for epoch in whole.view(-1, used):
+        assert epoch.sort().values.tolist() == list(range(used))
+        for stretch in epoch.view(-1, together).tolist():
+            assert stretch == list(range(stretch[0], stretch[0] + together))
+            assert stretch[0] % together == 0
+
+
 def collect(images, batch=4, **options):
     options = {"seed": 3, "first_step": 0, "steps": 6} | options
     return list(batches(images, 8, batch, **options))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from scripts.data.presets import open_images
 from scripts.data.transforms import batches
@@ -170,9 +171,39 @@ def test_so_many_scenes_of_a_hundred_show_two_things(sprites):
         assert images.subset([5]).labels(0) == images.labels(5)
         shares[pairs] = np.mean([len(images.labels(i)["objects"]) == 2 for i in range(400)])
     assert shares[0] == 0 and shares[100] == 1
-    assert abs(shares[None] - 0.2) < 0.07 and abs(shares[60] - 0.6) < 0.09
-    parted = {open_images(f"scenes:9,pairs={p}")[0].fingerprint() for p in (20, 60)}
+    assert abs(shares[None] - world.PAIR_SHARE) < 0.07 and abs(shares[60] - 0.6) < 0.09
+    own = round(100 * world.PAIR_SHARE)
+    parted = {open_images(f"scenes:9,pairs={p}")[0].fingerprint() for p in (own, 60)}
     assert len(parted | {open_images("scenes:9")[0].fingerprint()}) == 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from([3, 12, 64]), st.sampled_from([0, 35, 100]))
+def test_a_family_differs_in_little(start, objects, pairs):
+    family = [Scenes(range(4 * start, 4 * start + 4), objects, families=True, pairs=pairs)
+              .drawn_labels(i) for i in range(4)]
+    base, other, third, last = family
+    assert not any(world.is_held_out(each) for each in family)
+    assert base == Scenes(range(4 * start, 4 * start + 1), objects, pairs=pairs).drawn_labels(0)
+    assert (other.place, other.time) == (third.place, third.time) == (base.place, base.time)
+    assert other.objects[:-1] == base.objects[:-1] and other.objects[-1] not in base.objects
+    assert third.objects == base.objects[::-1] if len(set(base.objects)) == 2 else (
+        third.objects[0] == base.objects[0] != third.objects[1])
+    assert last.objects == base.objects[:1]
+    if len(base.objects) == 2:
+        assert (last.place, last.time) == (base.place, base.time)
+
+
+def test_a_sprite_has_a_white_edge_and_is_else_as_it_was():
+    ink = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    ink.paste((200, 10, 10, 255), (20, 10, 40, 30))
+    wide = scenes.OUTLINE
+    edged = scenes.outlined(ink)
+    assert edged.size == (60 + 2 * wide, 40 + 2 * wide)
+    pixels = np.asarray(edged)[wide:-wide, wide:-wide]
+    assert (pixels[10:30, 20:40] == (200, 10, 10, 255)).all()
+    assert (pixels[9, 25:35] == 255).all()  # white, opaque
+    assert not pixels[0, 0, 3] and not pixels[-1, -1, 3]
 
 
 @pytest.mark.parametrize("source, sentence", [
@@ -180,6 +211,7 @@ def test_so_many_scenes_of_a_hundred_show_two_things(sprites):
     ("scenes:-5", "'-5' is no number"), ("scenes:9,object=3", "'object=3' is none of"),
     ("scenes:9,objects=1", "objects from 2 to"), ("scenes:9,size=4", "size from 8"),
     ("scenes:9,objects=999", "objects from 2 to"), ("scenes:9,size=x", "'size=x' is none of"),
+    ("scenes:9,first=2,families", "begin at a multiple of it, not at first=2"),
     ("scenes:9,pairs=101", "from 0 to 100"), ("scenes:9,pairs=-1", "'pairs=-1' is none of")])
 def test_what_is_no_source_is_one_sentence(sprites, source, sentence):
     with pytest.raises(ValueError, match="scenes:.*" + sentence):

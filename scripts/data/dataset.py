@@ -57,14 +57,17 @@ class BatchLoader:
     """The batch of a step, for this process: indices (B,) and pixels uint8 (B, 3, S, S).
 
     A function of the step alone; steps taken in order are read ahead, by `workers` processes.
-    `batch` is that of this process, `scale` and `flip` are as in `random_view`.
+    `batch` is that of this process, `scale` and `flip` are as in `random_view`, `together` as in
+    `order`.
     """
 
     def __init__(self, images: Images, size: int, accelerator: Accelerator, steps: int, *,
-                 batch: int, seed: int, scale: float, flip: bool, workers: int):
+                 batch: int, seed: int, scale: float, flip: bool, workers: int,
+                 together: int = 1):
         self.images, self.size, self.steps, self.workers = images, size, steps, workers
         self.settings = {"batch": batch, "seed": seed, "scale": scale, "flip": flip,
-                         "rank": accelerator.process_index, "world": accelerator.num_processes}
+                         "rank": accelerator.process_index, "world": accelerator.num_processes,
+                         "together": together}
         self.next = -1
         self.iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
 

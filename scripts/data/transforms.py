@@ -61,11 +61,17 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(rng.permutation(count))
 
 
-def order(count: int, position: int, length: int, seed: int) -> Tensor:
+def order(count: int, position: int, length: int, seed: int, together: int = 1) -> Tensor:
     """Indices int64 (length,) of the samples from `position` on, of an endless sequence.
 
     The sequence is a permutation of 0 to count - 1, then another one, each keyed by (seed, epoch).
+    Stretches of so many `together` are permuted as one; a rest of the count is left out.
     """
+    if together > 1:
+        first, last = position // together, (position + length - 1) // together
+        stretches = order(count // together, first, last - first + 1, seed)
+        inside = torch.arange(together)
+        return (stretches[:, None] * together + inside).flatten()[position % together:][:length]
     epochs = range(position // count, (position + length - 1) // count + 1)
     start = position - epochs.start * count
     return torch.cat([_permutation(count, seed, e) for e in epochs])[start:start + length]
@@ -131,16 +137,17 @@ def _load(views: ViewDataset, plan: list | Iterator, workers: int) -> DataLoader
 
 def batches(images: Images, size: int, batch: int, *, seed: int, first_step: int, steps: int,
             rank: int = 0, world: int = 1, scale: float = 0.85, flip: bool = True,
-            workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            workers: int = 0, together: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Random views for `steps` steps of a run from `first_step` on, one batch a step.
 
     Yields indices int64 (batch,) and pixels uint8 (batch, 3, size, size).  `batch` is that of this
-    rank.  Unreadable images are replaced and named once on stderr.  ValueError: none is readable.
+    rank, `together` as in `order`.  Unreadable images are replaced and named once on stderr.
+    ValueError: none is readable.
     """
     def plan() -> Iterator[list[tuple[int, tuple[int, int, int]]]]:
         for step in range(first_step, first_step + steps):
             start = (step * world + rank) * batch
-            indices = order(len(images), start, batch, seed).tolist()
+            indices = order(len(images), start, batch, seed, together).tolist()
             yield [(i, (seed, VIEW, start + slot)) for slot, i in enumerate(indices)]
 
     skipped = _Skipped(images)

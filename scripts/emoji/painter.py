@@ -90,8 +90,8 @@ class Painter:
             for _ in self.count(0, 2):
                 self.cloud(self.u(0.06, 0.3), (244, 150, 140))
         elif self.time == "night":
-            for _ in self.count(18, 36):
-                self.dot(self.u(0, 1), self.u(0, 0.5), self.u(0.004, 0.01), (236, 238, 255))
+            for _ in self.count(7, 12):
+                self.dot(self.u(0, 1), self.u(0, 0.4), self.u(0.008, 0.013), (236, 238, 255))
             x, y, r = self.u(0.1, 0.9), self.u(0.08, 0.2), self.u(0.05, 0.075)
             self.dot(x, y, r, (246, 242, 214))
             if self.rng.random() < 0.5:  # a crescent
@@ -107,25 +107,27 @@ class Painter:
             self.dot(x + size * self.u(-0.08, 0.08), y + size * self.u(-0.015, 0.015),
                      size * self.u(0.025, 0.05), colour)
 
+    def falling(self, place: str) -> None:
+        """Rain and snow, behind the objects: in front they would hide what is asked for."""
+        if place == "snow":
+            for _ in self.count(8, 12):
+                self.dot(self.u(0, 1), self.u(0, 0.6), self.u(0.009, 0.014), (250, 252, 255))
+        if self.time == "rain" and place != "kitchen":
+            self.drops(0, 0.1, 1, 0.9, 12)
+
     def front(self, place: str) -> None:
         """What is in front of the objects."""
         self.draw = ImageDraw.Draw(self.image)
         if place == "sea":
-            self.hills(self.u(0.86, 0.9), 0.015, (24, 96, 168), 12)
-            self.hills(self.u(0.93, 0.96), 0.015, (16, 78, 146), 12)
-        elif place == "snow":
-            for _ in self.count(14, 24):
-                self.dot(self.u(0, 1), self.u(0, 1), self.u(0.006, 0.012), (250, 252, 255))
-        if self.time == "rain" and place != "kitchen":
-            self.drops(0, 0, 1, 1, 24)
+            self.hills(self.u(0.9, 0.93), 0.015, (24, 96, 168), 12)
 
     def drops(self, x0: float, y0: float, x1: float, y1: float, count: int) -> None:
         s = self.s
         for _ in range(count):
             x, y = self.u(x0, x1), self.u(y0, y1 - 0.05 * (y1 - y0))
-            length = self.u(0.04, 0.07) * (y1 - y0)
+            length = self.u(0.08, 0.11) * (y1 - y0)
             self.draw.line([x * s, y * s, (x - 0.3 * length) * s, (y + length) * s],
-                           fill=(196, 208, 224), width=max(1, round(0.007 * s)))
+                           fill=(196, 208, 224), width=max(1, round(0.011 * s)))
 
     def beach(self) -> None:
         horizon, shore = self.u(0.4, 0.48), self.u(0.6, 0.68)
@@ -137,9 +139,6 @@ class Painter:
         self.hills(shore + 0.01, 0.015, (240, 212, 150), 9)
         if self.rng.random() < 0.6:
             self.palm(*self.rng.choice([[0.09, -1], [0.91, 1]]), shore + self.u(0.02, 0.08))
-        for _ in range(14):
-            self.dot(self.u(0, 1), self.u(shore + 0.08, 1), self.u(0.004, 0.01),
-                     self.lit((205, 172, 112)))
 
     def palm(self, x: float, side: float, base: float) -> None:
         top, lean = base - self.u(0.36, 0.48), -0.06 * side
@@ -193,9 +192,9 @@ class Painter:
                 self.dot(x + r * dx, y + r * dy, r, self.lit((64, 146, 64)))
         self.hills(ground + 0.03, 0.03, (92, 170, 62), 5)
         blooms = ((255, 244, 250), (255, 226, 74), (238, 90, 120), (190, 110, 220))
-        for _ in range(30):
+        for _ in self.count(7, 10):
             x, y = self.u(0, 1), self.u(ground + 0.08, 1)
-            self.dot(x, y, self.u(0.01, 0.018), self.lit(blooms[self.rng.integers(4)]))
+            self.dot(x, y, self.u(0.018, 0.026), self.lit(blooms[self.rng.integers(4)]))
 
     def mountains(self) -> None:
         ground = self.u(0.58, 0.66)
@@ -244,12 +243,10 @@ class Painter:
             wide, top = self.u(0.12, 0.22), self.u(0.12, 0.44)
             grey = self.rng.integers(90, 170)
             self.box(x, top, x + wide, street, self.lit((grey, grey - 6, grey + 14)))
-            for wx in np.arange(x + 0.025, x + wide - 0.03, 0.05):
-                for wy in np.arange(top + 0.03, street - 0.05, 0.07):
-                    bright = self.rng.random() < 0.6
-                    glow = (255, 226, 120) if bright else (60, 60, 84)
-                    pane = (190, 216, 236) if self.time == "day" else glow
-                    self.box(wx, wy, wx + 0.025, wy + 0.035, pane)
+            pane = (190, 216, 236) if self.time == "day" else (255, 226, 120)
+            for wx in np.arange(x + 0.025, x + wide - 0.04, 0.065):
+                for wy in np.arange(top + 0.03, street - 0.06, 0.09):
+                    self.box(wx, wy, wx + 0.035, wy + 0.05, pane)
             x += wide + self.u(0, 0.02)
         self.box(0, street, 1, street + 0.05, self.lit((176, 172, 168)))
         self.box(0, street + 0.05, 1, 1, self.lit((82, 82, 90)))
@@ -261,7 +258,7 @@ class Painter:
         """Indoors: the time shows in the window, and in the light."""
         table = self.u(0.64, 0.72)
         if self.time == "rain":
-            self.drops(0, 0, 1, 0.6, 30)
+            self.drops(0, 0, 1, 0.6, 12)
         walls = ((250, 226, 176), (206, 232, 222), (246, 204, 196), (214, 222, 246))
         wall = self.lit(walls[self.rng.integers(len(walls))])
         x0, x1 = self.u(0.06, 0.2), self.u(0.8, 0.94)
@@ -300,9 +297,6 @@ class Painter:
             self.box(0, ground + y, 1, ground + y + 0.014, self.lit((240, 236, 226), 4))
         for post in np.arange(self.u(0, 0.1), 1, 0.14):
             self.box(post, ground + 0.03, post + 0.02, ground + 0.16, self.lit((240, 236, 226), 4))
-        for _ in range(24):
-            x, y = self.u(0, 1), self.u(ground + 0.18, 1)
-            self.box(x, y, x + 0.01, y + 0.04, self.lit((196, 152, 56)))
 
     def volcano(self) -> None:
         ground, x, top = self.u(0.6, 0.68), self.u(0.25, 0.75), self.u(0.2, 0.28)
@@ -325,8 +319,8 @@ class Painter:
             self.dot(px, py, 0.6 * r, (255, 176, 60), 0.25)
 
     def moon(self) -> None:
-        for _ in range(40):
-            self.dot(self.u(0, 1), self.u(0, 0.62), self.u(0.004, 0.009), (240, 240, 255))
+        for _ in self.count(10, 14):
+            self.dot(self.u(0, 1), self.u(0, 0.55), self.u(0.008, 0.013), (240, 240, 255))
         x, y, r = self.u(0.12, 0.88), self.u(0.12, 0.22), self.u(0.08, 0.11)  # the Earth
         self.dot(x, y, r, (60, 120, 220))
         for _ in range(3):
@@ -334,7 +328,7 @@ class Painter:
         ground = self.u(0.58, 0.66)
         self.hills(ground - 0.03, 0.03, (132, 132, 138), 6)
         self.hills(ground + 0.04, 0.02, (176, 176, 180), 5)
-        for _ in self.count(7, 11):
-            x, y, r = self.u(0, 1), self.u(ground + 0.1, 0.98), self.u(0.03, 0.07)
+        for _ in self.count(5, 7):
+            x, y, r = self.u(0, 1), self.u(ground + 0.1, 0.98), self.u(0.04, 0.07)
             self.dot(x, y, r, self.lit((128, 128, 134)), 0.45)
             self.dot(x, y + 0.1 * r, 0.85 * r, self.lit((152, 152, 157)), 0.4)

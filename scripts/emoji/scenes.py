@@ -2,14 +2,15 @@
 
 An image source for every script of this folder, drawn when asked for:
 
-    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=20][,held-out][,keep]
+    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=35][,held-out][,families][,keep]
 
 COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
 of a hundred show two things.  One (object, place) in ten is held out: it appears only with
-`held-out`, where every scene has such a pair.  With `keep` all are drawn at once, on all cores, and
-kept in memory, for a GPU that is faster than the painter; each process that trains has its own.
-`train_clip` learns from the captions; `encode_images` embeds some, to measure the gap between texts
-and images with, and for `train_gpt --subtract-means`.
+`held-out`, where every scene has such a pair.  With `families`, four seeds that follow each other
+show almost the same (`world.relative`): hard negatives for a CLIP (`train_clip --together 4`).
+With `keep` all are drawn at once, on all cores, and kept in memory, for who sees each many times;
+each process that trains has its own.  `train_clip` learns from the captions; `encode_images` embeds
+some, to measure the gap between texts and images with, and for `train_gpt --subtract-means`.
 
     python -m scripts.emoji.scenes runs/sheet.png [--objects N] [--size 128]   64 scenes to look at
 """
@@ -28,16 +29,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 from scripts.emoji.painter import LIGHT, Painter
-from scripts.emoji.world import OBJECTS, PAIR_SHARE, Labels, draw_labels, is_held_out, write_caption
+from scripts.emoji.world import (
+    FAMILY,
+    OBJECTS,
+    PAIR_SHARE,
+    Labels,
+    draw_labels,
+    is_held_out,
+    relative,
+    write_caption,
+)
 from scripts.training.cli import number, positive
 
 Sprites = Mapping[str, Image.Image]  # object name -> RGBA picture
+OUTLINE = 4  # pixels of a glyph of about 120
 SMOOTH = 2  # drawn at so many times the size, then reduced
 MOST_SEEDS = 2**40
+WORDS = ("held-out", "families", "keep")  # of a source, without a value
 
 
 def find_font() -> Path:
@@ -66,8 +78,16 @@ def emoji_sprites() -> Sprites:
         if box is None:
             raise ValueError(f"the font {path} has no glyph for {name}; use a current "
                              "NotoColorEmoji.ttf")
-        sprites[name] = canvas.crop(box)
+        sprites[name] = outlined(canvas.crop(box))
     return sprites
+
+
+def outlined(sprite: Image.Image) -> Image.Image:
+    """With a white edge around its ink, like a sticker: thin and dark things stand out anywhere."""
+    ink = ImageOps.expand(sprite.getchannel("A"), OUTLINE)
+    near = ink.filter(ImageFilter.GaussianBlur(OUTLINE / 2)).point(lambda a: min(255, 5 * a))
+    edge = Image.merge("RGBA", [Image.new("L", near.size, 255)] * 3 + [near])
+    return Image.alpha_composite(edge, ImageOps.expand(sprite, OUTLINE, (255, 255, 255, 0)))
 
 
 def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
@@ -77,20 +97,20 @@ def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
     With a shadow; size, place, tilt and mirror vary.
     """
     s, image = painter.s, painter.image
-    side = painter.u(0.88, 1.12) * scale * s
+    side = painter.u(0.92, 1.08) * scale * s
     if painter.rng.random() < 0.5:
         sprite = ImageOps.mirror(sprite)
     ratio = side / max(sprite.size)
     sprite = sprite.resize([max(1, round(d * ratio)) for d in sprite.size], Image.Resampling.BOX)
-    sprite = sprite.rotate(painter.u(-6, 6), Image.Resampling.BILINEAR, expand=True)
-    x, feet = (x + painter.u(-spread, spread)) * s, painter.u(0.84, 0.93) * s
+    sprite = sprite.rotate(painter.u(-4, 4), Image.Resampling.BILINEAR, expand=True)
+    x, feet = (x + painter.u(-spread, spread)) * s, painter.u(0.88, 0.94) * s
     w, h = sprite.size
     shade = Image.new("L", image.size)
     ImageDraw.Draw(shade).ellipse([x - 0.42 * w, feet - 0.035 * s, x + 0.42 * w, feet + 0.03 * s],
                                   fill=90)
     image.paste((20, 20, 40), mask=shade)
     # Objects are lit less than the ground, so that they stay readable at night.
-    tint = tuple(round(255 * k ** 0.4) for k in LIGHT[painter.time])
+    tint = tuple(round(255 * k ** 0.25) for k in LIGHT[painter.time])
     rgb = ImageChops.multiply(sprite.convert("RGB"), Image.new("RGB", sprite.size, tint))
     image.paste(rgb, (round(x - w / 2), round(feet - h)), sprite.getchannel("A"))
 
@@ -100,11 +120,12 @@ def draw_scene(rng: np.random.Generator, labels: Labels, size: int,
     """A picture (RGB, `size` pixels a side) of what the labels say; no two are alike."""
     sprites = sprites or emoji_sprites()
     painter = Painter(rng, SMOOTH * size, labels.place, labels.time)
+    painter.falling(labels.place)
     if len(labels.objects) == 1:
-        place_object(painter, sprites[labels.objects[0]], 0.5, 0.14, 0.6)
-    else:
-        for x, name in zip((0.27, 0.73), labels.objects, strict=True):
-            place_object(painter, sprites[name], x, 0.03, 0.43)
+        place_object(painter, sprites[labels.objects[0]], 0.5, 0.1, 0.68)
+    elif labels.objects:
+        for x, name in zip((0.26, 0.74), labels.objects, strict=True):
+            place_object(painter, sprites[name], x, 0.02, 0.46)
     painter.front(labels.place)
     return painter.image.reduce(SMOOTH)
 
@@ -118,6 +139,7 @@ class Scenes:
     size: int = 64
     held_out: bool | None = False  # None: whatever comes
     pairs: int = round(100 * PAIR_SHARE)  # in a hundred: scenes of two things
+    families: bool = False
     drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 (N, S, S, 3)
 
     @classmethod
@@ -125,13 +147,13 @@ class Scenes:
         """Of what follows `scenes:`.  ValueError: it is not as the module says."""
         count, *rest = text.split(",")
         values = dict(objects=len(OBJECTS), size=64, first=0, pairs=cls.pairs)
-        held_out, keep = (word in rest for word in ("held-out", "keep"))
+        held_out, families, keep = (word in rest for word in WORDS)
         for part in rest:
             name, equals, value = part.partition("=")
             known = name in values and re.fullmatch("[0-9]{1,9}", value)
-            if part not in ("held-out", "keep") and not known:
+            if part not in WORDS and not known:
                 raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N, "
-                                 "pairs=PERCENT, held-out and keep")
+                                 "pairs=PERCENT, held-out, families and keep")
             if equals:
                 values[name] = int(value)
         if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
@@ -142,7 +164,11 @@ class Scenes:
             raise ValueError(f"scenes:{text}: pairs, of a hundred scenes, from 0 to 100")
         find_font()
         first = values.pop("first")
-        scenes = cls(range(first, first + int(count)), held_out=held_out, **values)
+        if families and first % FAMILY:
+            raise ValueError(f"scenes:{text}: families of {FAMILY} begin at a multiple of it, not "
+                             f"at first={first}")
+        scenes = cls(range(first, first + int(count)), held_out=held_out, families=families,
+                     **values)
         return replace(scenes, drawn=scenes.draw_all()) if keep else scenes
 
     def draw_all(self) -> np.ndarray:
@@ -167,11 +193,20 @@ class Scenes:
         return len(self.seeds)
 
     def drawn_labels(self, i: int) -> Labels:
-        rng = np.random.default_rng([self.seeds[i], 1])
+        which = self.seeds[i] % FAMILY if self.families else 0
+        rng = np.random.default_rng([self.seeds[i] - which, 1])
         while True:
             labels = draw_labels(rng, self.objects, self.pairs / 100)
-            if self.held_out is None or is_held_out(labels) == self.held_out:
-                return labels
+            if self.wanted(labels):
+                break
+        rng = np.random.default_rng([self.seeds[i], 4])
+        while True:
+            other = relative(rng, labels, which, self.objects)
+            if self.wanted(other):
+                return other
+
+    def wanted(self, labels: Labels) -> bool:
+        return self.held_out is None or is_held_out(labels) == self.held_out
 
     def image(self, i: int, least: int | None = None) -> Image.Image:
         if self.drawn is not None:
@@ -196,7 +231,7 @@ class Scenes:
     def fingerprint(self) -> str:
         first, last = self.seeds[0], self.seeds[-1]
         return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
-                f"held out: {self.held_out}, pairs: {self.pairs}")
+                f"held out: {self.held_out}, pairs: {self.pairs}, families: {self.families}")
 
 
 def main() -> None:

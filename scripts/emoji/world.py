@@ -288,7 +288,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # plain backgrounds, which are pla
     "pink": (246, 168, 196), "white": (244, 244, 246), "grey": (140, 144, 150),
 }
 PLAIN = ("on {a} background", "on plain {}", "against {a} background", "in front of {a} wall")
-PLAIN_SHARE, PAIR_SHARE, TWINS = 0.08, 0.2, 0.25  # of scenes; of scenes; of pairs
+PLAIN_SHARE, PAIR_SHARE, TWINS = 0.08, 0.35, 0.15  # of scenes; of scenes; of pairs
+FAMILY = 4  # scenes that differ in little, see `relative`
 
 ONE = ("{thing} {where} {when}", "{thing} {where} {when}", "{when}, {thing} {where}",
        "{thing} {when} {where}", "a picture of {thing} {where} {when}", "{where} {when}: {thing}",
@@ -297,8 +298,9 @@ ONE = ("{thing} {where} {when}", "{thing} {where} {when}", "{when}, {thing} {whe
 # No training caption is put like these, whose words all occur in training.
 UNSEEN = ("{when} you can see {thing} {where}", "{where}, look: {thing} {when}",
           "here is {thing} {where}, {when}", "a picture, {where} {when}, of {thing}")
-PAIRS = ("{left} and {right}", "{right} and {left}", "{left} next to {right}",
-         "{right} next to {left}", "{left} beside {right}", "{left} to the left of {right}",
+# As one reads: the first is on the left, unless the words say otherwise.
+PAIRS = ("{left} and {right}", "{left} and {right}", "{left} next to {right}",
+         "{left} beside {right}", "{left} to the left of {right}",
          "{right} to the right of {left}", "{left} on the left and {right} on the right")
 SAME = ("two {many}", "two {many}", "a pair of {many}", "two {many} side by side")
 PLURALS = {"mouse": "mice", "wolf": "wolves", "sheep": "sheep", "deer": "deer", "squid": "squid",
@@ -348,6 +350,27 @@ def draw_labels(rng: np.random.Generator, objects: int,
     place = list(PLACES)[rng.integers(len(PLACES))]
     time = list(TIMES)[rng.integers(len(TIMES))]
     return Labels(chosen, place, None if place in TIMELESS else time)
+
+
+def relative(rng: np.random.Generator, labels: Labels, which: int, objects: int) -> Labels:
+    """One of a family of four that differ in as little as two scenes can.
+
+    0: the labels themselves.  1: another object instead of the last.  2: of two, each where the
+    other was; of one or twins, another beside it.  3: of two, the first alone; of one, elsewhere.
+    """
+    names = [name for name in list(OBJECTS)[:objects] if name not in labels.objects]
+    first, last, place, time = labels.objects[0], labels.objects[-1], labels.place, labels.time
+    other = names[rng.integers(len(names))] if names else first
+    if which == 1:
+        return Labels((*labels.objects[:-1], other), place, time)
+    if which == 2:
+        return Labels((last, first) if last != first else (first, other), place, time)
+    if which == 3 and len(labels.objects) == 2:
+        return Labels((first,), place, time)
+    if which == 3:
+        elsewhere = draw_labels(rng, objects)
+        return Labels(labels.objects, elsewhere.place, elsewhere.time)
+    return labels
 
 
 def article(noun: str) -> str:

@@ -47,6 +47,8 @@ class CLIPSettings(RunSettings):
     batch: int = setting(192, "of each process", type=positive)
     scale: float = setting(1.0, "least share of the side in a crop", type=scale)
     flip: bool = setting(False, "mirror too; captions may say left and right")
+    together: int = setting(1, "so many images that follow each other share a batch: where they "
+                            "are alike, their captions are hard negatives", type=positive)
     workers: int = setting(0, "processes that read images, 0: none apart", type=whole, free=True)
 
 
@@ -139,7 +141,8 @@ class CLIPTask:
         self.tokens = dict(zip(texts, clip.tokenize(texts), strict=True))
         self.loader = BatchLoader(
             images, settings.size, accelerator, steps, batch=settings.batch, seed=settings.seed,
-            scale=settings.scale, flip=settings.flip, workers=settings.workers)
+            scale=settings.scale, flip=settings.flip, workers=settings.workers,
+            together=settings.together)
 
     def parts(self) -> dict[str, Part]:
         self.embed, optimizer = self.accelerator.prepare(
@@ -206,6 +209,9 @@ def train_clip(settings: CLIPSettings, accelerator: Accelerator) -> dict[str, An
     if settings.text_width % 32:
         raise ValueError(f"--text-width {settings.text_width} is no multiple of 32: give one, as "
                          "in --text-width 128")
+    if settings.batch % settings.together:
+        raise ValueError(f"--batch {settings.batch} is no multiple of --together "
+                         f"{settings.together}: images that belong together share a batch")
     refuse_inside(settings.images, run=settings.run)
     images, held, data = open_parts(settings.images, settings.validation, settings.held_out,
                                     settings.captions)

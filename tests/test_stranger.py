@@ -1,0 +1,106 @@
+"""The stranger's sheet, and what a CLIP tells apart: keys, answers, counts."""
+
+import base64
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts.emoji import clip_scores, nats, scenes, stranger
+from scripts.emoji.scenes import Scenes
+from scripts.emoji.world import HELD_OUT, OBJECTS, Labels, write_caption
+from tests.micro import micro_bundle
+from tests.sprites import drawn_sprites
+
+SPRITES = drawn_sprites()
+
+THINGS = [["cat"], ["dog"], ["slice of pizza"], ["cat", "dog"]]
+
+
+@given(st.integers(2, 120), st.integers(0, 1000))
+def test_a_sheet_shows_each_thing_as_often_as_any_other_where_training_did_not(objects, seed):
+    labels = stranger.labels_of(objects, seed)
+    counts = Counter(each.objects[0] for each in labels)
+    assert len(labels) == stranger.COUNT and set(counts) <= set(list(OBJECTS)[:objects])
+    assert len(counts) == min(objects, stranger.COUNT)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all((each.objects[0], each.place) in HELD_OUT for each in labels)
+
+
+def test_any_name_of_a_thing_is_right_and_all_must_be_named_in_order():
+    answers = stranger.read_answers("1 Kitten\n2. fox\n\n4: cat, puppy\n")
+    assert stranger.score(THINGS, answers) == (
+        2, [(2, "dog", "fox"), (3, "slice of pizza", "no answer")])
+    answers = stranger.read_answers("3) pizza\n1 cat, dog\n4 dog, cat")
+    assert stranger.score(THINGS, answers) == (
+        1, [(1, "cat", "cat, dog"), (2, "dog", "no answer"), (4, "cat, dog", "dog, cat")])
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("cat", "'cat' is not a number and"), ("1", "'1' is not a number and"),
+    ("1 cat\n1 dog", "number 1 is answered twice")])
+def test_answers_that_cannot_be_read_are_one_sentence(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        stranger.read_answers(text)
+
+
+def test_draw_then_score(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stranger, "COUNT", 3)
+    monkeypatch.setattr(stranger, "CANDIDATES", 1)
+    words = {write_caption(np.random.default_rng(i), Labels((name,), "sea", "day"))
+             for i in range(300) for name in list(OBJECTS)[:3]}
+    bundle = micro_bundle(tmp_path / "bundle", vocabulary=sorted(words | {"elephants in rain"}))
+    assert stranger.things_of(stranger.ClipGen.load(bundle)) >= 3
+    sheet = tmp_path / "sheet"
+    stranger.main(["draw", str(sheet), "--weights", str(bundle), "--seed", "5"])
+    key = json.loads(base64.b64decode((sheet / "key.txt").read_text()))
+    assert (key["of"], key["seed"], len(key["things"])) == ("pictures", 5, 3)
+    assert {name for each in key["things"] for name in each} <= set(
+        (sheet / "things.txt").read_text().split("\n"))
+    assert (sheet / "sheet.png").stat().st_size
+    (sheet / "answers.txt").write_text(f"1 {key['things'][0][0]}\n2 nothing\n", "utf-8")
+    assert stranger.main(["score", str(sheet)]) == {
+        "of": "pictures", "seed": 5, "right": 1, "shown": 3}
+    assert "was called no answer" in capsys.readouterr().err
+
+
+def test_a_score_that_is_right_half_the_time_has_half_the_area():
+    family = [Labels((name,), "sea", "day") for name in ("cat", "dog", "cat", "fox")]
+    equal, best = torch.ones(4, 4), torch.eye(4)
+    assert clip_scores.score_auc([equal], family) == 0.5
+    assert clip_scores.score_auc([best], family) == 1
+    assert clip_scores.score_auc([-best], family) == 0
+    # The two that show the same are not compared: it is no matter which of them wins.
+    best[0, 2] = best[2, 0] = 9
+    assert clip_scores.score_auc([best], family) == 1
+
+
+def test_a_caption_of_equal_labels_is_found_too():
+    labels = [Labels((name,), "sea", "day") for name in ("cat", "dog", "cat")]
+    swapped = torch.eye(3)[[2, 1, 0]]
+    assert clip_scores.retrieval([swapped], labels) == 1
+    assert clip_scores.retrieval([torch.eye(3)[[1, 0, 2]]], labels) == 1 / 3
+
+
+def test_what_things_change_is_told_from_the_ground(monkeypatch):
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda: SPRITES)
+    drawn = Scenes(range(6), 12, 64, pairs=50)
+    pixels, changes = nats.with_masks(drawn)
+    for i, (each, mask) in enumerate(zip(pixels, changes, strict=True)):
+        assert (each.permute(1, 2, 0).numpy() == np.asarray(drawn.image(i))).all()
+        assert 0.05 < mask.float().mean() < 0.8
+        assert not mask[:8, :4].any() and mask[40:60, 8:56].float().mean() > 0.15
+
+
+def test_nats_are_split_by_what_their_codes_show():
+    changes = torch.zeros(1, 8, 8, dtype=torch.bool)
+    changes[0, :4, :4], changes[0, 4, 4] = True, True  # a whole cell, and one pixel of another
+    values = torch.tensor([[[6.0, 1.0], [2.0, 3.0]]])
+    assert nats.split(values, changes) == pytest.approx({
+        "all": 3, "thing": 6, "ground": 1.5, "edge": 3,
+        "share_thing": 0.5, "share_ground": 0.25, "share_edge": 0.25})
+    assert np.asarray(nats.heat_map(values))[::16, ::16].tolist() == [[255, 42], [85, 128]]
