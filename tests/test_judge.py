@@ -45,6 +45,21 @@ def test_every_question_is_marked_by_itself(answered):
     assert right(ones, places, [None] * 6)["time"] == [None] * 6
 
 
+def test_sides_are_told_by_the_halves_of_a_picture():
+    judge = Judge(3).eval()  # of a cat, which is red, a dog, green, and an apple, blue
+    judge.features, head = torch.nn.Identity(), torch.nn.Linear(3, 3, bias=False)
+    judge.heads["objects"] = head
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    pixels = torch.zeros(1, 3, 128, 128)
+    pixels[0, 0, 40:80, 10:50], pixels[0, 1, 20:90, 80:120] = 1, 1
+    cat_dog, dog_cat = Labels(("cat", "dog"), "sea", "day"), Labels(("dog", "cat"), "sea", "day")
+    alike, missing = Labels(("cat", "cat"), "sea", "day"), Labels(("cat", "apple"), "sea", "day")
+    assert judge.sides_right(pixels.expand(4, -1, -1, -1), [cat_dog, dog_cat, alike, missing]) == [
+        True, False, None, False]
+    assert judge.sides_right(pixels.flip(3), [dog_cat]) == [True]
+
+
 def test_what_was_not_asked_does_not_count():
     assert share_right([True, None, False, None, True, True]) == 0.75
 

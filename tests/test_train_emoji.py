@@ -26,7 +26,12 @@ def test_the_parts_fit_together(preset, monkeypatch):
     trained = {seed for each in seen if len(each) > 10_000 for seed in (each.seeds[0],
                                                                          each.seeds[-1])}
     others = [each.seeds[0] for each in seen if len(each) <= 10_000]
-    assert len({each.objects for each in seen}) == len({each.size for each in seen}) == 1
+    assert len({each.objects for each in seen}) == 1
+    sizes = {name: {open_images(value)[0].size for key, value in vars(part).items()
+                    if key in ("images", "validation") and value} for name, part in parts.items()}
+    assert sizes.pop("clip") == {parts["clip"].size}
+    assert {*sizes["vqgan"], *sizes["encode"], *sizes["decoder"]} == {parts["vqgan"].size}
+    assert parts["clip"].batch % parts["clip"].together == 0
     assert min(others) > max(trained) and len(others) == 4
     assert [each.held_out for each in seen].count(True) == 2
     assert make_vqgan(parts["vqgan"]).config.grid == 16

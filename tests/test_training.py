@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from importlib import import_module
 
@@ -20,6 +21,7 @@ from scripts.training.gpt import perturbation
 from scripts.training.loading import CODES, fingerprint, load_vqgan
 from scripts.training.losses import Discriminator, EmbeddingReconstruction, centre
 from scripts.training.optim import learning_rate
+from scripts.training.trainer import start
 from scripts.training.vqgan import restart_dead_codes, whiten
 from tests.micro import micro_clip, micro_vqgan
 from tests.sprites import drawn_scenes
@@ -237,3 +239,17 @@ def test_whitened_features_spread_over_all_directions():
         rows = vqgan.encoder(pixels * 2 - 1).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(rows.mean(0), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(rows.T @ rows / len(rows), torch.eye(8), atol=0.05, rtol=0)
+
+
+def test_numbers_too_small_to_be_fast_are_zero_in_training(monkeypatch):
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
+    tiny = torch.full((8,), 1e-39)
+    try:
+        start("float32", 0)
+        x = torch.ones(8, requires_grad=True)
+        (x * 2).backward(tiny)
+        assert not x.grad.any() and not (tiny * 0.5).any()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (tiny * 0.5).all()

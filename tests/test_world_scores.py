@@ -21,6 +21,9 @@ class Reader:
                 "time": [yes if each.time else None
                          for yes, each in zip(blue.tolist(), labels, strict=True)]}
 
+    def sides_right(self, pixels, labels):
+        return (pixels[:, 1].mean((1, 2)) > 0.5).tolist()
+
 
 def images(answers):
     """uint8 images of which Reader says these (object, place, time)."""
@@ -43,7 +46,8 @@ def test_texts_of_one_and_of_two_objects_are_counted_apart(capsys):
     first = images([[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     assert text_scores(Reader(), prompts, best, first) == {
         "object_right": 0.75, "object_right_one_candidate": 0.25, "place_right": 4 / 6,
-        "time_right": 0.75, "both_objects_right": 0.5, "both_objects_right_one_candidate": 0}
+        "time_right": 0.75, "both_objects_right": 0.5, "both_objects_right_one_candidate": 0,
+        "sides_right": 1}
     wrong = capsys.readouterr().err.splitlines()
     assert wrong == ["wrong place, time: text 2", "wrong objects: text 3",
                      "wrong objects, place: text 5"]

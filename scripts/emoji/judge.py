@@ -61,6 +61,13 @@ class Judge(nn.Module):
         h = self.embed(pixels)
         return {question: head(h) for question, head in self.heads.items()}
 
+    def halves(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of objects (N, O) by the features of the left half of a picture, and the right."""
+        if pixels.shape[-1] != SIZE:
+            pixels = F.interpolate(pixels, (SIZE, SIZE), mode="area")
+        features = self.features(pixels * 2 - 1)
+        return tuple(self.heads["objects"](half.amax((2, 3))) for half in features.chunk(2, 3))
+
     def targets(self, labels: Sequence[Labels]) -> dict[str, Tensor]:
         """objects float (N, O), place and time int64 (N,), time -1 where there is none."""
         objects = torch.zeros(len(labels), len(self.objects))
@@ -92,6 +99,19 @@ class Judge(nn.Module):
         times = [ALL_TIMES[i] == each.time if each.time else None for i, each in
                  zip(answers["time"].argmax(1).tolist(), labels, strict=True)]
         return {"objects": objects, "place": places, "time": times}
+
+    @torch.no_grad()
+    def sides_right(self, pixels: Tensor, labels: Sequence[Labels]) -> list[bool | None]:
+        """Of labels of two kinds: whether each is surer in its own half of the picture than in the
+        other; else None."""
+        device = next(self.parameters()).device
+        parts = [self.halves(part.to(device)) for part in pixels.split(64)]
+        left, right = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+        answers: list[bool | None] = []
+        for row, each in zip(left - right, labels, strict=True):
+            a, b = (self.objects.index(each.objects[k]) for k in (0, -1))
+            answers.append(bool(row[a] > 0 > row[b]) if a != b else None)
+        return answers
 
 
 def share_right(verdicts: Sequence[bool | None]) -> float:
@@ -151,7 +171,9 @@ def score_on_renders(judge: Judge, count: int, first: int = FRESH_SEED,
     """Shares right on new renders of that size and any combination, held out or not."""
     scenes = Scenes(range(first, first + count), len(judge.objects), size, held_out=None)
     pixels, labels = renders(scenes)
-    return {q: share_right(hits) for q, hits in judge.right(pixels.float() / 255, labels).items()}
+    pixels = pixels.float() / 255
+    shares = {q: share_right(hits) for q, hits in judge.right(pixels, labels).items()}
+    return shares | {"sides": share_right(judge.sides_right(pixels, labels))}
 
 
 def train(objects: int, steps: int, batch: int, count: int) -> Judge:

@@ -65,6 +65,9 @@ def text_scores(judge: Judge, prompts: Prompts, best: Tensor, first: Tensor) -> 
     if prompts.twos:
         scores["both_objects_right"] = share_right(right["objects"][n:])
         scores["both_objects_right_one_candidate"] = share_right(single["objects"][n:])
+        sides = judge.sides_right(best[n:].float() / 255, prompts.twos)
+        scores["sides_right"] = share_right([side for side, both in zip(
+            sides, right["objects"][n:], strict=True) if both])  # of those with both right
     return scores
 
 

@@ -9,8 +9,8 @@ same command goes on from there.  The last line of stdout is JSON, the seconds o
 needs the emoji font (see scripts.emoji.scenes), then a judge of the same world:
 python -m scripts.emoji.judge --train --objects N.
 
-preset cpu: 64 x 64 pixels, 16 x 16 codes, the first 40 objects of the world, on two cores.
-preset gpu: 128 x 128 pixels, 16 x 16 codes, all objects, on one H100 or alike.  How many steps each
+preset cpu: 128 x 128 pixels, 16 x 16 codes, the first 64 objects of the world, on two cores.
+preset gpu: the same with all objects, on one H100 or alike.  How many steps each
 part does follows from its share of `--training` minutes and from the speed it finds; drawing and
 encoding the scenes come on top, by estimate three minutes on 14 cores.
 """
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.data.files import write_text
+from scripts.emoji.world import FAMILY
 from scripts.training.bundling import BundleSettings, make_bundle
 from scripts.training.cli import Stopped, amount, one_sentence, positive
 from scripts.training.clip import CLIPSettings, train_clip
@@ -51,41 +52,42 @@ class Preset:
     """The size of the world, and what each part is given beyond what all presets share."""
 
     world: str
+    size: int  # pixels a side; the CLIP sees scenes of its own size
     count: int  # scenes
     clip: dict[str, Any]
     vqgan: dict[str, Any]
     encode: dict[str, Any]
     gpt: dict[str, Any]
     decoder: dict[str, Any]
-    keep: str = ""  # scenes of the CLIP, which sees each many times
     shares: dict[str, float] = field(default_factory=dict)  # of `--training`, instead of steps
 
 
 FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
     "cpu": Preset(
-        "objects=40,size=64", 200_000,
-        clip={"size": 64, "steps": 700, "batch": 128},
-        vqgan={"size": 64, "patch": 4, "channels": "128", "codebook_size": 1024, "steps": 6000,
+        "objects=64", 128, 200_000,
+        clip={"size": 64, "steps": 2600, "batch": 128},
+        vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
-        encode={"limit": 160_000},
-        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 15300, "batch": 32, "lr": 1.5e-3},
-        decoder={"steps": 8200, "batch": 8, "gan_start": 0.3}),
+        encode={"limit": 64_000},
+        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 3600, "batch": 32, "lr": 2e-3},
+        decoder={"steps": 4000, "batch": 4, "gan_start": 0.3}),
     "gpu": Preset(
-        "size=128", 400_000,
+        "objects=244", 128, 400_000,
         clip={"size": 128, "batch": 512, **FAST},
-        vqgan={"size": 128, "channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
+        vqgan={"channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
                "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
         encode={"workers": 14},
         gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
              "dtype": "bfloat16"},
         decoder={"batch": 64, "gan_start": 0.3, **FAST},
-        keep=",keep", shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15})}
+        shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15})}
 
 
 def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[str, Any]:
     """Part by part its settings.  training: minutes that the `shares` of a preset are of."""
-    scenes, world = f"scenes:{preset.count},{preset.world}", preset.world
+    world = f"{preset.world},size={preset.size}"
+    scenes, small = f"scenes:{preset.count},{world}", f"{preset.world},size={preset.clip['size']}"
     held = f"scenes:256,{world},held-out,{HELD}"
     clip, vqgan, shards, gpt, decoder = (run / name for name in (
         "clip", "vqgan", "shards", "gpt", "decoder"))
@@ -96,11 +98,12 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
         return getattr(preset, name) | times.get(name, {})
 
     return {
+        # It sees each scene several times, so they are kept; families are its hard negatives.
         "clip": CLIPSettings(
-            images=f"scenes:60000,{world}{preset.keep}", run=clip,
-            validation=f"scenes:2000,{world},{VALIDATION}", **own("clip")),
+            images=f"scenes:80000,{small},families,keep", run=clip, together=FAMILY,
+            validation=f"scenes:2000,{small},{VALIDATION}", **own("clip")),
         "vqgan": VQGANSettings(images=scenes, validation=held, run=vqgan, clip=str(clip), **exact,
-                               **own("vqgan")),
+                               size=preset.size, **own("vqgan")),
         "encode": EncodeSettings(
             images=scenes, out=shards, validation=f"scenes:1000,{world},{VALIDATION}",
             clip=str(clip), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
