@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.emoji import clip_scores, nats, scenes, stranger
+from scripts.emoji import clip_scores, nats, scenes, stranger, suggested
 from scripts.emoji.scenes import Scenes
-from scripts.emoji.world import HELD_OUT, OBJECTS, Labels, write_caption
+from scripts.emoji.world import HELD_OUT, OBJECTS, Labels, draw_labels, write_caption
 from tests.micro import micro_bundle
 from tests.sprites import drawn_sprites
 
@@ -104,3 +104,29 @@ def test_nats_are_split_by_what_their_codes_show():
         "all": 3, "thing": 6, "ground": 1.5, "edge": 3,
         "share_thing": 0.5, "share_ground": 0.25, "share_edge": 0.25})
     assert np.asarray(nats.heat_map(values))[::16, ::16].tolist() == [[255, 42], [85, 128]]
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_a_caption_is_read_as_what_it_was_written_of(seed, unseen):
+    rng = np.random.default_rng(seed)
+    labels = draw_labels(rng, 64, 0.5)
+    assert suggested.labels_of(write_caption(rng, labels, unseen=unseen)) == labels
+
+
+def test_suggested_texts_name_a_thing_and_are_judged_by_all_that_they_name():
+    readme = 'Try `"a cat on the moon"`, "no thing here", "cat" or ("two dogs at night").'
+    assert suggested.suggested(readme)[:2] == ["a cat on the moon", "two dogs at night"]
+
+    class Answers:
+        def right(self, pixels, labels):
+            return {"objects": [True, True, False, True], "place": [True, False, True, True],
+                    "time": [True, True, True, None]}
+
+        def sides_right(self, pixels, labels):
+            return [None, None, None, False]
+
+    pixels = torch.zeros(4, 3, 8, 8)
+    for labels, expected in ((Labels(("cat",), "moon", None), [True, False, False, False]),
+                             (Labels(("cat",), "", None), [True, True, False, False]),
+                             (Labels(("cat",), "", "night"), [True, True, False, False])):
+        assert suggested.right(Answers(), pixels, labels) == expected

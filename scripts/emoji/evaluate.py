@@ -45,8 +45,9 @@ from scripts.training.loading import load_clip
 COLUMNS = {
     "bundle": "bundle", "n_generated": "images", "candidates": "best of", "guidance": "guidance",
     "object_right": "object right", "object_right_one_candidate": "with 1 candidate",
-    "both_objects_right": "both objects right", "place_right": "place right",
-    "time_right": "time right", "text_over_image": "text / image", "psnr_db": "PSNR",
+    "both_objects_right": "both objects right", "sides_right": "sides right",
+    "place_right": "place right", "time_right": "time right", "text_over_image": "text / image",
+    "psnr_db": "PSNR",
     "frechet_ratio": "FD / FD of copies", "clip_score": "CLIP score ↑", "retrieval_r1": "R@1 ↑",
     "seconds_per_image": "s/image",
 }
