@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from scripts.evaluation.metrics import (
+    auc,
     blur,
     clip_score,
     frechet_distance,
@@ -151,3 +152,14 @@ def test_a_blurred_point_is_a_gaussian_and_pillow_agrees():
     theirs = np.asarray(Image.fromarray(noise).filter(ImageFilter.GaussianBlur(4)), np.float32)
     ours = blur(torch.from_numpy(noise).float()[None, None], 4)[0, 0].numpy()
     assert np.abs(ours - theirs)[16:-16, 16:-16].mean() < 1.5  # Pillow approximates by boxes
+
+
+SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12)
+
+
+@given(SCORES, SCORES)
+def test_the_area_counts_pairs_and_turns_with_them(above, below):
+    wins = [(a > b) + (a == b) / 2 for a in above for b in below]
+    assert auc(np.array(above), np.array(below)) == pytest.approx(np.mean(wins))
+    assert auc(np.array(below), np.array(above)) == pytest.approx(1 - np.mean(wins))
+    assert np.isnan(auc(np.array([]), np.array(below)))

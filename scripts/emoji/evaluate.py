@@ -24,6 +24,7 @@ from scripts.emoji.scores import (
     judged_on_renders,
     paired_scores,
     quality_scores,
+    score_auc,
     text_scores,
 )
 from scripts.evaluation.report import print_table
@@ -84,6 +85,7 @@ def judged(s: EvaluationSettings, count: int) -> dict:
 
     with enough_memory(s.candidates):
         scores |= text_scores(judge, prompts, found.best, found.first)
+        scores["score_auc"] = score_auc(model, judge, prompts, found.first)
         scores |= paired_scores(judge, prompts, found.first, again, size, s.seed)
         scores |= quality_scores(model, judge, prompts, found.best, found.first, size, s.seed)
     found.result |= rounded(scores) | {

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,17 @@ def text_scores(judge: Judge, prompts: Prompts, best: Tensor, first: Tensor) -> 
         scores["sides_right"] = share_right([side for side, both in zip(
             sides, right["objects"][n:], strict=True) if both])  # of those with both right
     return scores
+
+
+@torch.no_grad()
+def score_auc(model: ClipGen, judge: Judge, prompts: Prompts, first: Tensor) -> float:
+    """How far the bundle's score can be believed: the chance that an image, uint8 (N, 3, S, S),
+    with the things of its text has a higher one than one without.  NaN where all are right."""
+    pixels, labels = first.float() / 255, [*prompts.ones, *prompts.twos]
+    right, clip = np.array(judge.right(pixels, labels)["objects"]), model.clip
+    images = torch.cat([clip.embed_pixels(part.to(clip.device)) for part in pixels.split(64)])
+    cosines = (images * clip.embed_texts(prompts.texts)).sum(1).cpu().numpy()
+    return metrics.auc(cosines[right], cosines[~right])
 
 
 def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample, size: int,

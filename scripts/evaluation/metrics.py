@@ -55,6 +55,15 @@ def clip_score(images: np.ndarray, targets: np.ndarray) -> float:
     return float(100 * (images * targets).sum(1).clip(0).mean())
 
 
+def auc(above: np.ndarray, below: np.ndarray) -> float:
+    """Area under the ROC curve of scores (N,) and (M,): the chance that one of the former exceeds
+    one of the latter, a tie counting half; NaN where either is empty."""
+    if not len(above) or not len(below):
+        return float("nan")
+    differences = np.asarray(above)[:, None] - np.asarray(below)
+    return float((differences > 0).mean() + (differences == 0).mean() / 2)
+
+
 def retrieval_r1(images: np.ndarray, targets: np.ndarray, seed: int = 0, among: int = 100) -> float:
     """R@1: the share of images (N, D) whose own target is the nearest of `among`, 0 to 1.
 
