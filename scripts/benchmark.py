@@ -5,6 +5,7 @@
     python -m scripts.benchmark serve    what the server adds to the model's time
     python -m scripts.benchmark start    process start to a server that is ready, by part
     python -m scripts.benchmark speedrun how much faster than a frozen recipe training learns
+    python -m scripts.benchmark denormals  what too small numbers cost a VQGAN's training
 
 `python -m scripts.benchmark NAME --help` lists the flags of each.
 """
@@ -21,7 +22,7 @@ from scripts.training.cli import one_sentence
 
 # Each is the file benchmarks/NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
-COMMANDS = ("train", "sample", "serve", "start", "speedrun")
+COMMANDS = ("train", "sample", "serve", "start", "speedrun", "denormals")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if given.command == "speedrun":
-                raise MemoryError("out of memory: give the recipes a smaller --batch") from None
+            if given.command in ("speedrun", "denormals"):
+                raise MemoryError("out of memory: give a smaller --batch") from None
             rows = f"--batch {a.batch}" if given.command == "train" else f"--rows {max(a.rows)}"
             raise MemoryError(f"{rows} does not fit into the memory of {a.device}: give fewer"
                               ) from None

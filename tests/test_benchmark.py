@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgen import bundle
 from clipgen.gpt import KVCache
 from clipgen.sampling import SIZES, Sampler
-from scripts import benchmark
+from scripts import benchmark, train_vqgan
+from scripts.benchmarks import denormals
 from scripts.benchmarks import sample as benchmark_sample
 from scripts.benchmarks import train as benchmark_train
 from scripts.data import shards
 from scripts.training.gpt import GPTSettings, GPTTask, make_gpt, operations_per_code, peak_flops
 from tests.micro import micro_bundle, micro_gpt
+from tests.sprites import drawn_scenes
 
 
 def run(*arguments):
@@ -226,3 +229,29 @@ def test_a_bundle_that_is_none_is_one_sentence(tmp_path, command, capsys):
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
 def test_what_the_server_or_the_machine_lacks_is_named(arguments, words, capsys):
     assert words in refusal(capsys, *arguments)
+
+
+def test_denormals_goes_on_from_a_checkpoint_with_and_without(tmp_path, monkeypatch, capsys):
+    for i, (picture, _) in enumerate(drawn_scenes(8, 32)):
+        picture.save(tmp_path / f"{i}.png")
+    flags = [str(tmp_path), "--run", str(tmp_path.parent / "run"), "--perceptual-loss", "none",
+             "--size", "32", "--patch", "4", "--channels", "8", "--codebook-size", "16", "--batch",
+             "2", "--steps", "3", "--gan", "0"]
+    monkeypatch.setattr(denormals, "BLOCKS", 4)
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
+    assert "has no checkpoint" in refusal(capsys, "denormals", *flags)
+    try:
+        train_vqgan.main(flags)
+        kept = {path: path.read_bytes() for path in (tmp_path.parent / "run").glob("*.pt")}
+        tried = []
+        monkeypatch.setattr(torch, "set_flush_denormal", tried.append)
+        benchmark.main(["denormals", *flags])
+    finally:
+        monkeypatch.undo()
+        torch.set_flush_denormal(False)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["step"] == 3 and result["ratio"] == pytest.approx(
+        result["seconds_as_they_are"] / result["seconds_as_zero"], rel=0.05)
+    assert tried == [True, True, False, True, False, True]
+    assert {path: path.read_bytes() for path in kept} == kept and kept
