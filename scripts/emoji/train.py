@@ -64,14 +64,14 @@ class Preset:
 
 FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
-    "cpu": Preset(
+    "cpu": Preset(  # a GAN of so few steps draws dots along the white edges
         "objects=64", 128, 200_000,
         clip={"size": 64, "steps": 2600, "batch": 128},
         vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
-        encode={"limit": 64_000},
-        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 3600, "batch": 32, "lr": 2e-3},
-        decoder={"steps": 4000, "batch": 4, "gan_start": 0.3}),
+        encode={"limit": 40_000},
+        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 4200, "batch": 16, "lr": 5e-3},
+        decoder={"steps": 3000, "batch": 4, "gan": 0}),
     "gpu": Preset(
         "objects=244", 128, 400_000,
         clip={"size": 128, "batch": 512, **FAST},
@@ -108,7 +108,7 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
             images=scenes, out=shards, validation=f"scenes:1000,{world},{VALIDATION}",
             clip=str(clip), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
         "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
-        # Alone, on codes that stay, it goes on learning, and a discriminator makes it sharp.
+        # Alone, on codes that stay, it goes on learning; a discriminator can make it sharp.
         "decoder": VQGANSettings(
             images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
             **exact, optimizer="adamw", warmup=50, lr=6e-4, **own("decoder")),
