@@ -27,14 +27,16 @@ ARROWS = {
     "packed": {"gpt"},
     "clip": set(),
     "device": set(),
-    "images": set(),
+    "images": {"depths", "profiles"},
+    "depths": set(),
+    "profiles": set(),
     "recipe": set(),
     "gpt": set(),
     "vqgan": set(),
 }
 # What each file may import beside torch, numpy and the standard library.
-PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"},
-            "recipe": {"PIL"}, "pipeline": {"PIL"}}
+PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"}, "depths": {"PIL"},
+            "profiles": {"PIL"}, "recipe": {"PIL"}, "pipeline": {"PIL"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipgen import ClipGen, NothingToDraw, UnknownWords, read_recipe
 from clipgen.canvas import make_canvas
-from clipgen.images import centre_square, read_picture
+from clipgen.images import FORMATS, centre_square, read_picture
 from clipgen.recipe import save_image
 from tests.micro import micro_bundle
 
@@ -133,7 +133,7 @@ def test_a_picture_that_cannot_be_read_is_one_sentence(model, tmp_path, name, wh
         one(model, text=TEXT, **pictures)
     message = str(caught.value)
     assert message.startswith(f"{where} '{pictures[where].name}' cannot be read (")
-    assert message.endswith(": give a PNG, JPEG, WEBP, BMP, GIF or TIFF picture")
+    assert message.endswith(f": give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture")
     assert "\n" not in message
 
 
