@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 # CLIP's byte-pair encoding (openai/CLIP, simple_tokenizer.py): its special ids, its size.
 PADDING, START, END, FULL_VOCABULARY = 0, 49406, 49407, 49408
+MOST = 1000  # a pixel's mean, standard deviation and its inverse
 TEXTS_PER_PASS, IMAGES_PER_PASS = 256, 64  # limits memory, does not change results
 
 
@@ -33,6 +35,9 @@ class CLIPConfig:
     Start and end are always included, and `text_cfg.vocab_size` is the number of rows.
     `vocabulary_of` makes such a tuple from texts.
 
+    Widths must be multiples of `heads` (texts) and `head_width` (images), which open_clip would
+    round down.
+
     `text_embedding_mean` and `image_embedding_mean` are subtracted from the unit embeddings of
     texts and images, which are then normalized again.  CLIP's texts and images lie in two separate
     cones; subtracting the means centers both at the origin.  None: nothing is subtracted.
@@ -49,19 +54,29 @@ class CLIPConfig:
         for name in ("image_mean", "image_std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != 3:
-                raise ValueError(f"CLIP {name} must be 3 numbers, got {getattr(self, name)}")
-        if min(self.image_std) <= 0:
-            raise ValueError(f"CLIP image_std must be above 0, got {self.image_std}")
+                raise ValueError(f"CLIP {name} must be 3 numbers, got {getattr(self, name)!r:.60}")
+        if not all(abs(value) <= MOST for value in self.image_mean):  # NaN neither
+            raise ValueError(f"CLIP image_mean must lie between -{MOST} and {MOST}, got "
+                             f"{self.image_mean}")
+        if not all(1 / MOST <= value <= MOST for value in self.image_std):
+            raise ValueError(f"CLIP image_std must be above 0, from {1 / MOST:g} to {MOST}, got "
+                             f"{self.image_std}")
         if set(self.model) != {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
             raise ValueError("the CLIP model config must have embed_dim, quick_gelu, vision_cfg "
-                             f"and text_cfg, got {sorted(self.model)}")
+                             f"and text_cfg, got {sorted(self.model)!r:.100}")
+        dim, gelu = self.model["embed_dim"], self.model["quick_gelu"]
+        if not isinstance(dim, int) or isinstance(dim, bool) or not isinstance(gelu, bool):
+            raise ValueError("CLIP embed_dim must be a whole number and quick_gelu true or false, "
+                             f"got {dim!r:.60} and {gelu!r:.60}")
         for name in ("text_embedding_mean", "image_embedding_mean"):
             mean = getattr(self, name)
             if mean is not None:
                 object.__setattr__(self, name, tuple(mean))
-                if len(mean) != self.model["embed_dim"]:
-                    raise ValueError(f"CLIP {name} must be {self.model['embed_dim']} numbers, "
-                                     f"got {len(mean)}")
+                if len(mean) != dim:
+                    raise ValueError(f"CLIP {name} must be {dim} numbers, got {len(mean)}")
+                if not math.hypot(*mean) < 1.001:  # NaN neither
+                    raise ValueError(f"CLIP {name} must be a mean of unit vectors, at most 1 long, "
+                                     f"got the length {math.hypot(*mean):g}")
         vision, text = self.model["vision_cfg"], self.model["text_cfg"]
         if not isinstance(vision, dict) or not isinstance(text, dict):
             raise ValueError("CLIP vision_cfg and text_cfg must be JSON objects, got "
@@ -70,9 +85,30 @@ class CLIPConfig:
             if vision.get(key) or text.get(key):
                 raise ValueError(f"CLIP configs with {key} are not supported: "
                                  "they need files from the network")
+        for where, tower, key, default in (
+                ("vision_cfg", vision, "width", 768), ("vision_cfg", vision, "head_width", 64),
+                ("text_cfg", text, "width", 512), ("text_cfg", text, "heads", 8),
+                ("text_cfg", text, "layers", 12)):
+            value = tower.get(key, default)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"CLIP {where}.{key} must be a whole number from 1 on, got "
+                                 f"{value!r:.60}")
+        layers = vision.get("layers", 12)
+        for value in layers if isinstance(layers, list | tuple) and layers else [layers]:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError("CLIP vision_cfg.layers must be a whole number from 1 on, or a "
+                                 f"list of such, got {layers!r:.60}")
+        # A ResNet's last stage, a list of layers, is 32 times as wide as its first one.
+        wide = vision.get("width", 768) * (1 if isinstance(layers, int) else 32)
+        for what, width, by in (("vision_cfg", wide, vision.get("head_width", 64)),
+                                ("text_cfg", text.get("width", 512), text.get("heads", 8))):
+            if width % by:
+                raise ValueError(f"CLIP {what}: the width {width} is not a multiple of "
+                                 f"{'head_width' if what == 'vision_cfg' else 'heads'} {by}")
         size = vision.get("image_size", 224)
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"CLIP image_size must be one whole number of pixels, got {size!r}")
+            raise ValueError(f"CLIP image_size must be one whole number of pixels, got "
+                             f"{size!r:.60}")
         if self.vocabulary is not None:
             object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
             if tuple(sorted({*self.vocabulary, PADDING, START, END})) != self.vocabulary:
@@ -84,8 +120,15 @@ class CLIPConfig:
         rows = FULL_VOCABULARY if self.vocabulary is None else len(self.vocabulary)
         size = text.get("vocab_size", FULL_VOCABULARY)
         if size != rows:
-            raise ValueError(f"CLIP text_cfg.vocab_size is {size}, "
+            raise ValueError(f"CLIP text_cfg.vocab_size is {size!r:.60}, "
                              f"but the vocabulary has {rows} tokens")
+
+    @property
+    def layers(self) -> list[int]:
+        """Of the stages of the image tower and of the text tower."""
+        image = self.model["vision_cfg"].get("layers", 12)
+        return [*([image] if isinstance(image, int) else image),
+                self.model["text_cfg"].get("layers", 12)]
 
     @classmethod
     def published(cls) -> CLIPConfig:
