@@ -380,19 +380,15 @@ def _check_layers(directory: Path, part: str, config: Any) -> None:
 
 def _build(directory: Path, kind: type, config: Any) -> Any:
     """The module on the meta device: shapes without memory or random numbers."""
-    if kind is CLIP:
-        try:
-            import open_clip.model  # noqa: F401
-        except Exception as error:  # whatever a module of the same name does
-            raise BundleError(f"open_clip cannot be imported ({_line(error)}), which says nothing "
-                              f"about {directory}: look for a folder or file in {Path.cwd()} with "
-                              "the name of a Python package, or install the requirements again"
-                              ) from error
     try:
         if kind is CLIP:
             return CLIP.on_meta(config)
         with torch.device("meta"):
             return kind(config)
+    except ImportError as error:
+        raise BundleError(f"{_line(error)}, which says nothing about {directory}: look for a "
+                          f"folder or file in {Path.cwd()} with the name of a Python package, or "
+                          "install the requirements again") from error
     except Exception as error:  # open_clip may raise anything for odd settings
         raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
                           f"built ({_line(error)}): {AGAIN}") from error
