@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import stat
 import types
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +40,8 @@ FILES = {part: f"{part}.safetensors" for part in PARTS}
 ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
          "vqgan": {"norm_groups": 32, "patch": 1, "middle_attention": True},
          "gpt": {"neighbours": 0, "modulated": False, "squared_relu": False}}
+MOST_BYTES, DEEPEST = 4 * 2**20, 20  # of config.json: its size, and objects in one another
+LARGEST = torch.finfo(torch.float32).max
 AGAIN = "copy or download the bundle again, or rebuild it"
 
 
@@ -51,8 +53,8 @@ class BundleError(ValueError):
 class SamplingDefaults:
     """The sampling settings that `generate` uses where it is given none.
 
-    temperature >= 0 (0: argmax), top_k >= 0 (0: all codes), top_p from 0 to 1 (1: all codes),
-    guidance >= 0 (1: none).
+    The ranges are those that a request has: temperature from 0 (argmax) to 1000, top_k >= 0 (0: all
+    codes), top_p from 0 to 1 (1: all codes), guidance from 0 to 1000 (1: none).
     """
 
     temperature: float = 1.0
@@ -61,14 +63,14 @@ class SamplingDefaults:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "guidance"):
+        for name, most in (("temperature", 1000), ("top_k", 2**31), ("top_p", 1),
+                           ("guidance", 1000)):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"sampling {name} must be at least 0, got {value}")
+            if not 0 <= value <= most:  # NaN is in no range
+                raise ValueError(f"sampling {name} must be at least 0 and at most {most}, got "
+                                 f"{value!r:.60}")
         if not isinstance(self.top_k, int):
             raise ValueError(f"sampling top_k must be a whole number, got {self.top_k}")
-        if self.top_p > 1:
-            raise ValueError(f"sampling top_p must be at most 1, got {self.top_p}")
 
 
 @dataclass
@@ -193,17 +195,19 @@ def _read_config(directory: Path) -> Config:
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory: give the directory of a bundle")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(_read_text(path))
     except FileNotFoundError:
         raise BundleError(f"{path} is missing, so {directory} is not a bundle: {AGAIN}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON ({error}): {AGAIN}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, huge numbers
+        raise BundleError(f"{path} is not JSON ({_line(error)}): {AGAIN}") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    if _deeper_than(data, DEEPEST):
+        raise BundleError(f"{path} has lists or objects nested deeper than {DEEPEST}: {AGAIN}")
     version = data.get("format_version") if isinstance(data, dict) else None
     # Check the version first: a later format may have other keys.
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise BundleError(f"{path} has the format version {version!r}, this clipgen reads "
+        raise BundleError(f"{path} has the format version {version!r:.60}, this clipgen reads "
                           f"{FORMAT_VERSION}: update clipgen, or {AGAIN}")
     for part, added in ADDED.items():
         if isinstance(data.get(part), dict):
@@ -211,15 +215,39 @@ def _read_config(directory: Path) -> Config:
     try:
         config = _parse(data, Config, "")
     except ValueError as error:
-        raise BundleError(f"{path} is wrong ({error}): {AGAIN}") from None
+        raise BundleError(f"{path} is wrong ({_line(error)}): {AGAIN}") from None
     if set(config.files) != set(FILES.values()):
-        raise BundleError(f"{path} lists the files {sorted(config.files)} instead of "
+        raise BundleError(f"{path} lists the files {sorted(config.files)!r:.100} instead of "
                           f"{sorted(FILES.values())}: {AGAIN}")
     for name, entry in config.files.items():
         if (not isinstance(entry, dict) or set(entry) != {"size", "sha256"}
                 or type(entry["size"]) is not int or not isinstance(entry["sha256"], str)):
             raise BundleError(f"{path} must give size and sha256 of {name}: {AGAIN}")
     return config
+
+
+def _read_text(path: Path) -> str:
+    """ValueError: not a regular file, too large, not UTF-8."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise ValueError("it is no regular file")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"it has {status.st_size:,} bytes, at most {MOST_BYTES:,} are allowed")
+    return path.read_text(encoding="utf-8")
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth + 1):
+        level = [item for each in level if isinstance(each, dict | list)
+                 for item in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
+def _line(error: object, length: int = 200) -> str:
+    """The first line of a message, printable and cut."""
+    line = str(error).partition("\n")[0]
+    return "".join(c if c.isprintable() else "?" for c in line[:length])
 
 
 def _parse(value: Any, hint: Any, where: str) -> Any:
@@ -240,16 +268,18 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
                 raise ValueError(f"the key {prefix}{name} is missing")
         for name in value:
             if name not in names:
-                raise ValueError(f"the key {prefix}{name} is unknown")
+                raise ValueError(f"the key {_line(prefix + name, 60)} is unknown")
         return kind(**{name: _parse(value[name], hints[name], prefix + name) for name in names})
     if kind is tuple and isinstance(value, list):
         return tuple(_parse(item, get_args(hint)[0], where) for item in value)
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) <= LARGEST:
         return float(value)
-    if kind in (int, bool, dict) and type(value) is kind:
+    if kind is int and type(value) is int and abs(value) < 2**63:
         return value
-    wanted = {int: "a whole number", float: "a finite number", bool: "true or false",
-              dict: "an object", tuple: "a list"}[kind]
+    if kind in (bool, dict) and type(value) is kind:
+        return value
+    wanted = {int: "a whole number of 64 bits", float: "a finite number in float32",
+              bool: "true or false", dict: "an object", tuple: "a list"}[kind]
     raise ValueError(f"{where} must be {wanted}, got {value!r:.60}")
 
 
@@ -276,7 +306,8 @@ def refuse_other_files(directory: Path) -> None:
     known = {*FILES.values(), "config.json", "README.md"}
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in known and not path.name.startswith("."):
-            raise BundleError(f"{path} is no part of a bundle: move it out of the directory")
+            raise BundleError(f"{directory / _line(path.name, 100)} is no part of a bundle: move "
+                              "it out of the directory")
 
 
 def _check_size(directory: Path, config: Config, file: str) -> None:
@@ -306,12 +337,21 @@ def _load(directory: Path, config: Config, parts: Sequence[str], device: str | t
 
 def _load_part(directory: Path, config: Config, part: str, digest: Future[str],
                device: str | torch.device, dtype: torch.dtype) -> Any:
-    whole = _build(directory, PARTS[part], getattr(config, part))
     path = directory / FILES[part]
-    if digest.result() != config.files[path.name]["sha256"]:
-        raise BundleError(f"{path} does not match config.json (another sha256): "
-                          f"{AGAIN}")
-    module = whole.model if part == "clip" else whole
+
+    def check_digest() -> None:
+        if digest.result() != config.files[path.name]["sha256"]:
+            raise BundleError(f"{path} does not match config.json (another sha256): {AGAIN}")
+
+    try:
+        _check_layers(directory, part, getattr(config, part))
+        whole = _build(directory, PARTS[part], getattr(config, part))
+        module = whole.model if part == "clip" else whole
+        _check_shapes(path, _shapes(path), module.state_dict())
+    except BundleError:
+        check_digest()  # a damaged file is to blame before a config that does not fit it
+        raise
+    check_digest()
     module.load_state_dict(_read(path, module.state_dict(), device, dtype), assign=True)
     if part == "clip":
         whole.rebuild_buffers()
@@ -324,6 +364,20 @@ def _fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _check_layers(directory: Path, part: str, config: Any) -> None:
+    """BundleError: more layers than the file has tensors; to build them would take for ever."""
+    if part == "gpt":
+        layers = config.layers
+    elif part == "vqgan":
+        layers = len(config.channels) * config.blocks_per_level
+    else:
+        layers = sum(config.layers)
+    tensors = len(_shapes(directory / FILES[part]))
+    if layers > tensors:
+        raise BundleError(f"{directory / 'config.json'} describes {layers:,} layers of the {part}, "
+                          f"but {FILES[part]} has only {tensors:,} tensors: {AGAIN}")
+
+
 def _build(directory: Path, kind: type, config: Any) -> Any:
     """The module on the meta device: shapes without memory or random numbers."""
     try:
@@ -331,29 +385,48 @@ def _build(directory: Path, kind: type, config: Any) -> Any:
             return CLIP.on_meta(config)
         with torch.device("meta"):
             return kind(config)
+    except ImportError as error:
+        raise BundleError(f"{_line(error)}, which says nothing about {directory}: look for a "
+                          f"folder or file in {Path.cwd()} with the name of a Python package, or "
+                          "install the requirements again") from error
     except Exception as error:  # open_clip may raise anything for odd settings
-        reason = str(error).partition("\n")[0]
         raise BundleError(f"{directory / 'config.json'} describes a {kind.__name__} that cannot be "
-                          f"built ({reason}): {AGAIN}") from error
+                          f"built ({_line(error)}): {AGAIN}") from error
+
+
+def _open(path: Path) -> safe_open:
+    """A safetensors file, mapped into memory: pages come when touched."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise BundleError(f"{path} is not a safetensors file ({_line(error)}): {AGAIN}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({_line(error)}): check the file") from None
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in a file, from its header alone."""
+    with _open(path) as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+
+
+def _check_shapes(path: Path, stored: dict[str, tuple[int, ...]],
+                  expected: dict[str, Tensor]) -> None:
+    for name in sorted(expected.keys() ^ stored.keys()):
+        fault = "lacks the tensor" if name in expected else "has the unknown tensor"
+        raise BundleError(f"{path} {fault} {_line(name, 60)}: {AGAIN}")
+    for name, shape in stored.items():
+        if shape != tuple(expected[name].shape):
+            raise BundleError(f"{path} holds {name} as {shape!r:.60} instead of "
+                              f"{tuple(expected[name].shape)!r:.60}: {AGAIN}")
 
 
 def _read(path: Path, expected: dict[str, Tensor], device: str | torch.device,
           dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a file on `device`, floating ones as `dtype`, checked against `expected`."""
-    try:
-        with safe_open(path, framework="pt") as opened:  # memory-mapped: pages come when touched
-            stored = {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise BundleError(f"{path} is not a safetensors file ({error}): {AGAIN}") from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    for name in sorted(expected.keys() ^ stored.keys()):
-        fault = "lacks the tensor" if name in expected else "has the unknown tensor"
-        raise BundleError(f"{path} {fault} {name}: {AGAIN}")
+    """The tensors of a file on `device`, floating ones as `dtype`, their kinds as `expected`."""
+    with _open(path) as opened:
+        stored = {name: opened.get_tensor(name) for name in expected}
     for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise BundleError(f"{path} holds {name} as {tuple(tensor.shape)} instead of "
-                              f"{tuple(expected[name].shape)}: {AGAIN}")
         floating = expected[name].is_floating_point()
         if tensor.is_floating_point() != floating or not floating and (
                 tensor.dtype != expected[name].dtype):

@@ -1,10 +1,10 @@
-"""Matrix products of few rows on a CPU: weights in the order that is read fastest, or of 8 bits.
+"""Fast matrix products of few rows on a CPU: weights packed by oneDNN, or weights of 8 bits.
 
-So packed, a row of the product need not depend on the rows beside it, to the last bit, as it does
-with nn.Linear: `rows_agree` looks, and where it is so few images cost less than many.  The
-operators, oneDNN's that torch.compile's CPU backend uses and those of torch's quantized modules,
-are private: this file alone knows them, and without oneDNN's everything runs as it does elsewhere.
-docs/speed.md has the figures.
+With nn.Linear the rounding of a row depends on the number of rows.  With packed weights it may not:
+`rows_agree` tests that, and where it holds, a few images take less time than many.  The operators
+are private ones of torch: those of oneDNN, which torch.compile uses on a CPU, and those of torch's
+quantized modules.  Only this file uses them.  Where oneDNN is missing, modules stay as they are.
+docs/speed.md has measurements.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from clipgen.gpt import LinearGELU, LinearSquaredReLU, squared_relu
 
-# What oneDNN does with the products before it writes them.
+# The activation that oneDNN applies before it writes the product.
 ACTIVATED = {LinearGELU: ("gelu", [], "none"), LinearSquaredReLU: ("relu", [], "")}
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear for inference, packed for inputs of `rows` rows; others work, more slowly.
+    """An nn.Linear for inference, packed for inputs of `rows` rows; other counts are slower.
 
-    Its weight is in nobody's state dict: it cannot be saved, moved or trained.
+    The weight is not in the state dict: it cannot be saved, moved or trained.
     """
 
     def __init__(self, linear: nn.Linear, rows: int):
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         self._then = next((then for activated, then in ACTIVATED.items()
                            if isinstance(linear, activated)), ("none", [], ""))
         self._squared = isinstance(linear, LinearSquaredReLU)
-        # All that the operator's way of computing can depend on.
+        # The operator chooses its algorithm by these.
         self.kind = type(linear), *linear.weight.shape, linear.weight.dtype, rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear for inference on a CPU whose weights are rounded to 8 bits, with a scale for
-    each output, and whose inputs are, with a scale for each row.
+    """An nn.Linear for inference on a CPU, computed in 8 bits.
 
-    About 1 % of noise on the result where no input is far larger than the others of its row.  Sums
-    of whole numbers are exact: no row depends on others.
+    Weights are rounded with one scale for each output, inputs with one scale for each row.  The
+    error is about 1 % where no input is much larger than the rest of its row.  Sums of integers are
+    exact, so no row depends on other rows.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -66,37 +66,37 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-        # Scale and zero point of an unsigned byte: from -1 to 1 are 1 to 255.
+        # Scale and zero point of an unsigned byte: -1 becomes 1, and 1 becomes 255.
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / largest, 1 / 127, 128, self._weight)
         return self._then(torch.addcmul(self._bias, y, largest))
 
 
 def _check_int8(device: torch.device) -> None:
-    """ValueError, in one sentence, where `Int8Linear` cannot run or would be wrong."""
+    """ValueError, in one sentence, where `Int8Linear` cannot run or would give wrong results."""
     if device.type != "cpu":
         raise ValueError(f"dtype int8 is for CPUs, got device {device}: give device cpu, or leave "
                          "dtype out")
-    # Older instructions add pairs of products in 16 bits, and what does not fit is cut.
+    # Older instructions add two products in 16 bits, and larger sums are cut off.
     if not torch.cpu._is_vnni_supported():
         raise ValueError("dtype int8 needs a CPU with AVX-512 VNNI instructions, which this one "
                          "lacks: use float32")
 
 
 def rounded(module: nn.Module) -> nn.Module:
-    """A copy of a float32 `module` whose nn.Linear are `Int8Linear`; it shares all else with it.
+    """A copy of a float32 `module` with `Int8Linear` for every nn.Linear; the rest is shared.
 
-    ValueError where they cannot run or would be wrong.
+    ValueError where `Int8Linear` cannot run or would give wrong results.
     """
     _check_int8(next(module.parameters()).device)
     return _copy(module, Int8Linear)
 
 
 def packed(module: nn.Module, rows: int) -> nn.Module:
-    """A copy of `module` whose nn.Linear are packed; it shares everything else with it.
+    """A copy of `module` with `PackedLinear` for every nn.Linear; the rest is shared.
 
-    `module` itself where packing is not possible: on another device than a CPU, in a dtype that
-    this CPU's oneDNN lacks, in a torch without the operators.
+    Returns `module` itself where packing is not possible: on another device than a CPU, in a dtype
+    that oneDNN does not support on this CPU, in a torch without the operators.
     """
     if not _possible(next(module.parameters())):
         return module
@@ -105,10 +105,10 @@ def packed(module: nn.Module, rows: int) -> nn.Module:
 
 @torch.no_grad()
 def rows_agree(module: nn.Module, counts: Sequence[int]) -> bool:
-    """Whether the weights of `module`, all of them packed, give a row the same products, bit by
-    bit, in inputs of any of these counts of rows.  With 8 bits they do.
+    """Whether a row's products are bit-identical in inputs of any of these numbers of rows.
 
-    Looks at one weight of each kind, at this number of threads.
+    False if a weight of `module` is not packed; weights of 8 bits always agree.  Tests one weight
+    of each kind, with the current number of threads.
     """
     parts = list(module.modules())
     if any(isinstance(part, nn.Linear) for part in parts):
@@ -124,10 +124,10 @@ def rows_agree(module: nn.Module, counts: Sequence[int]) -> bool:
 
 def _cancelling(kind: type[nn.Linear], outputs: int, inputs: int, dtype: torch.dtype, rows: int,
                 count: int) -> tuple[PackedLinear, Tensor]:
-    """A packed weight of that kind and `count` rows whose products are 0 but for rounding: no
-    dtype is too short to show how it was rounded.
+    """A packed weight of that kind, and `count` rows whose exact products are 0.
 
-    Half of the inputs are the other half again, in any order, and their weights those negated.
+    The results are rounding errors alone, which even a short dtype can represent.  Every input
+    occurs twice, in random order; the two weights have opposite signs.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(inputs, generator=generator)

@@ -1,4 +1,4 @@
-"""ClipGen: a text or picture to an embedding, to codes, to images, ranked; it knows all parts."""
+"""ClipGen, the whole pipeline: a text or picture to an embedding, codes, images; then a ranking."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ DECODE_ROWS = {"cpu": 1, "cuda": 8}  # fixed: pixels must not depend on the imag
 
 
 class TextTruncated(UserWarning):
-    """A text longer than CLIP's context was cut."""
+    """A text was longer than CLIP's context, and its end was cut off."""
 
 
 class UnknownWords(UserWarning):
-    """A text has words that the bundle's CLIP never saw in training."""
+    """A text has words that are not in the vocabulary of the bundle's CLIP."""
 
 
 class NothingToDraw(UserWarning):
-    """A mask or `keep` leaves nothing of a picture to be drawn anew."""
+    """A mask or `keep` selects no part of init_image to be drawn."""
 
 
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
-    """One image: what was made, and what makes it again."""
+    """One generated image, and the settings that make it again."""
 
     image: Image.Image  # RGB
     seed: int  # generate(text, num_images=1, candidates=1, seed=seed) makes it again
-    score: float  # cosine of CLIP's embeddings of what was asked for and of the image
+    score: float  # cosine similarity of two CLIP embeddings: of the condition, of the image
     codes: np.ndarray  # int64 (h, w)
-    recipe: dict[str, Any]  # all settings, the bundle, the version: plain values, as JSON has them
+    recipe: dict[str, Any]  # all settings, the bundle, the version: values that JSON can hold
 
     def save(self, path: str | os.PathLike, quality: int = 95, metadata: bool = True) -> None:
         """Write a PNG, JPEG or WebP by the path's ending, with its recipe where `metadata` is true.
@@ -69,14 +69,14 @@ class ClipGen:
         # The sampler's GPT is the only one kept: on a CPU its weights are packed copies.
         self.bundle = replace(bundle, gpt=self.sampler.gpt)
         self.clip, self.gpt, self.vqgan = bundle.clip, self.sampler.gpt, bundle.vqgan
-        # The layout that convolutions want: a quarter off the published decoder's time on a CPU.
-        # On CUDA GroupNorm knows it not, and would turn every layer's images round twice.
+        # channels_last saves a quarter of the published decoder's time on a CPU.  On CUDA GroupNorm
+        # does not support it: every layer would convert the layout twice.
         if self.clip.device.type == "cpu" or not self.vqgan.config.norm_groups:
             self.vqgan.decoder.to(memory_format=torch.channels_last)
-        # Now, not at the first request.
+        # Load and allocate now, not at the first request.
         self.clip.tokenize([""])
         self.sampler.prepare(self.sampling.top_k, self.sampling.guidance)
-        if self.clip.device.type == "cuda":  # CUDA's libraries load what they run when they run it
+        if self.clip.device.type == "cuda":  # CUDA loads its kernels at their first use
             self.clip.embed_pixels(self.decode(torch.zeros(1, *self.vqgan.code_grid).long()))
 
     @classmethod
@@ -193,7 +193,7 @@ class ClipGen:
 
     def _settings(self, temperature: float | None, top_k: int | None, top_p: float | None,
                   guidance: float | None) -> dict[str, Any]:
-        """The bundle's own settings but for those that are given."""
+        """The settings given, and the bundle's defaults for those of None."""
         own = self.sampling
         return {"temperature": own.temperature if temperature is None else temperature,
                 "top_k": own.top_k if top_k is None else top_k,
@@ -202,9 +202,11 @@ class ClipGen:
 
     def _condition(self, text: str | None, image: Picture | None, weight: float,
                    recipe: dict[str, Any]) -> Tensor:
-        """The unit embedding (D,) to draw from, of the text, the image or both."""
-        if not isinstance(text, str | None) or (image is None and not (text or "").strip()):
-            raise ValueError(f"text must say something, got {text!r}: give a text, or an image")
+        """The unit embedding (D,) to condition on: of the text, the image or both."""
+        if not isinstance(text, str | None):
+            raise ValueError(f"text must be a text, got {text!r}")
+        if image is None and not (text or "").strip():
+            raise ValueError(f"text must not be empty, got {text!r}: give a text or an image")
         if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
             raise ValueError(f"image_weight must be a number from 0 to 1, got {weight!r}")
         if image is None:
@@ -235,17 +237,17 @@ class ClipGen:
 
     def _canvas(self, picture: Picture | None, mask: Picture | None, keep: float | None,
                 recipe: dict[str, Any]) -> Canvas | None:
-        """What of init_image stays; None without one."""
+        """Which part of init_image is kept; None without init_image."""
         if picture is None:
             for name, value in (("mask", mask), ("keep", keep)):
                 if value is not None:
-                    raise ValueError(f"{name} says what stays of init_image, which is missing: "
-                                     f"give init_image too, or leave {name} out")
+                    raise ValueError(f"{name} needs init_image, which is missing: give init_image "
+                                     f"too, or leave {name} out")
             return None
         if (mask is None) == (keep is None):
             given = "neither mask nor keep" if mask is None else "both"
-            raise ValueError("init_image needs either mask (white is drawn anew) or keep (the "
-                             f"share of rows that stays, from the top), got {given}")
+            raise ValueError("init_image needs either mask (white where it is drawn anew) or keep "
+                             f"(the share of rows to keep, from the top), got {given}")
         pixels = self._pixels(picture, "init_image", recipe)  # (3, S, S)
         if mask is not None:
             # Rec. 601 weights, as PIL's mode L has them; half grey is white.

@@ -42,7 +42,10 @@ class VQGANConfig:
             raise ValueError(f"VQGAN norm_groups must be at least 0, got {self.norm_groups}")
         if not self.channels or any(c < 1 or c % (self.norm_groups or 1) for c in self.channels):
             raise ValueError(f"VQGAN channels must be multiples of norm_groups {self.norm_groups}, "
-                             f"got {list(self.channels)}")
+                             f"got {list(self.channels)!r:.60}")
+        if len(self.channels) > 30:
+            raise ValueError(f"VQGAN channels must be those of at most 30 levels, got "
+                             f"{len(self.channels)}")
         if self.image_size % self.factor:
             raise ValueError(f"image size {self.image_size} is not a multiple of {self.factor}, "
                              f"the reduction of {len(self.channels)} levels"

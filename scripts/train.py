@@ -88,7 +88,7 @@ def train(settings: TrainSettings, given: dict[str, dict], accelerator: Accelera
           command: list[str]) -> dict:
     """Plan, or take up the plan of an earlier start, and go through the stages."""
     images, held, fingerprint = open_parts(settings.images, None, settings.held_out,
-                                           settings.captions)
+                                           settings.captions, settings.reading)
     plan = None
     try:
         if accelerator.is_main_process:

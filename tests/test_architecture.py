@@ -25,16 +25,19 @@ ARROWS = {
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
     "packed": {"gpt"},
-    "clip": set(),
+    "clip": {"words"},
+    "words": set(),
     "device": set(),
-    "images": set(),
+    "images": {"depths", "profiles"},
+    "depths": set(),
+    "profiles": set(),
     "recipe": set(),
     "gpt": set(),
     "vqgan": set(),
 }
 # What each file may import beside torch, numpy and the standard library.
-PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"},
-            "recipe": {"PIL"}, "pipeline": {"PIL"}}
+PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"}, "depths": {"PIL"},
+            "profiles": {"PIL"}, "recipe": {"PIL"}, "pipeline": {"PIL"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -27,8 +28,12 @@ from clipgen.bundle import (
     load_vqgan,
     save_bundle,
 )
+from clipgen.sampling import check_settings
 from tests.micro import micro_bundle, micro_clip, micro_gpt, micro_vqgan
 
+# JSON has numbers of any size.
+NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(0, 1001), st.floats(0, 1001),
+                    st.just(10**400))
 VOCABULARY = ["a red apple on the beach at night"]
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -369,8 +374,8 @@ def test_wrong_value(bundle: Path, section: str, key: str, value: object, words:
 
 @pytest.mark.parametrize(("tower", "key", "value", "words"), [
     ("vision_cfg", "colour", 1, "cannot be built"),
-    ("vision_cfg", "layers", [], "cannot be built"),
-    ("vision_cfg", "head_width", 64, "cannot be built"),
+    ("vision_cfg", "layers", [], "vision_cfg.layers must be a whole number"),
+    ("vision_cfg", "head_width", 64, "not a multiple of head_width 64"),
     ("vision_cfg", "width", 64, "clip.safetensors"),
     ("vision_cfg", "image_size", [32, 16], "image_size"),
     ("vision_cfg", "timm_model_name", "vit_tiny", "not supported"),
@@ -436,7 +441,126 @@ def test_save_refuses_a_directory_with_other_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [(-1, 0, 1, 1), (1, -1, 1, 1), (1, 0, 1.1, 1), (1, 0, 1, -1),
-                                    (float("nan"), 0, 1, 1), (1, 0, 1, float("inf"))])
+                                    (float("nan"), 0, 1, 1), (1, 0, 1, float("inf")),
+                                    (1, 0, 1, 1e9), (1e9, 0, 1, 1), (1, 10**400, 1, 1)])
 def test_sampling_defaults_have_ranges(values: tuple) -> None:
     with pytest.raises(ValueError, match="must be at"):
         SamplingDefaults(*values)
+
+
+@given(temperature=NUMBERS, top_k=NUMBERS, top_p=NUMBERS, guidance=NUMBERS)
+@settings(max_examples=200, deadline=None)
+def test_sampling_defaults_have_the_ranges_of_requests(**values: float) -> None:
+    """What loads can be sampled with: no bundle fails at its first request alone."""
+    try:
+        SamplingDefaults(**values)
+    except ValueError:
+        return
+    check_settings(**values)
+
+
+# Odd values: nothing is built or waited for
+
+
+@pytest.mark.parametrize(("section", "key", "value", "words"), [
+    ("gpt", "layers", 10**9, "describes 1,000,000,000 layers of the gpt, but gpt.safetensors has"),
+    ("vqgan", "blocks_per_level", 10**9, "describes 4,000,000,000 layers of the vqgan"),
+    ("vqgan", "channels", [32] * 100_000, "at most 30 levels, got 100000"),
+    ("gpt", "width", 10**30, "gpt.width must be a whole number of 64 bits"),
+    ("gpt", "codebook_size", 2**62, "codebook_size"),
+    ("sampling", "temperature", 10**400, "must be a finite number"),
+    ("sampling", "temperature", 1e39, "must be a finite number"),
+    ("sampling", "guidance", 1001, "guidance must be at least 0 and at most 1000, got 1001"),
+    ("sampling", "top_k", 2**40, "top_k must be at least 0 and at most"),
+    ("clip", "image_mean", [1e30, 0.5, 0.5], "image_mean must lie between"),
+    ("clip", "image_std", [1e-30, 1, 1], "image_std must be above 0"),
+    ("clip", "image_mean", [float("nan"), 0.5, 0.5], "must be a finite number"),
+    ("clip", "text_embedding_mean", [1.0] * 32, "a mean of unit vectors, at most 1 long, got"),
+    ("clip", "image_embedding_mean", [1e38] * 32, "a mean of unit vectors"),
+    ("clip", "image_embedding_mean", [0.1] * 31, "must be 32 numbers, got 31"),
+    ("", "trained_on", json.loads("[" * 200 + "]" * 200), "nested deeper than 20"),
+    ("", "k" * 10_000, 1, "the key kkkk"), ("", "files", {"f" * 10_000: 1}, "lists the files"),
+])
+def test_odd_values(bundle: Path, section: str, key: str, value: object, words: str) -> None:
+    edit_config(bundle, lambda config: part(config, section).update({key: value}))
+    refused(bundle, "config.json", words)
+
+
+@pytest.mark.parametrize(("tower", "key", "value", "words"), [
+    ("vision_cfg", "layers", 10**9, "describes 1,000,000,002 layers of the clip"),
+    ("vision_cfg", "layers", [10**9, 1, 1, 1], "layers of the clip"),
+    ("text_cfg", "layers", 10**9, "layers of the clip"),
+    ("text_cfg", "layers", 2.0, "text_cfg.layers must be a whole number"),
+    ("text_cfg", "heads", 5, "text_cfg: the width 32 is not a multiple of heads 5"),
+    ("vision_cfg", "head_width", 20, "the width 32 is not a multiple of head_width 20"),
+    ("vision_cfg", "head_width", 0, "head_width must be a whole number from 1"),
+])
+def test_odd_clip_models(bundle: Path, tower: str, key: str, value: object, words: str) -> None:
+    edit_config(bundle, lambda config: config["clip"]["model"][tower].update({key: value}))
+    refused(bundle, "config.json", words)
+
+
+@pytest.mark.parametrize("version", ["9" * 10_000, 10**4000, ["x" * 10_000]])
+def test_a_long_format_version_is_cut(bundle: Path, version: object) -> None:
+    edit_config(bundle, lambda config: config.update(format_version=version))
+    refused(bundle, "config.json has the format version")
+
+
+def test_config_is_a_small_regular_file(bundle: Path) -> None:
+    path = bundle / "config.json"
+    path.write_bytes(path.read_bytes() + b" " * 4 * 2**20)
+    refused(bundle, "config.json", "bytes, at most 4,194,304 are allowed")
+    path.write_text('{"format_version": ' + "9" * 5000 + "}")  # Python converts no such number
+    refused(bundle, "config.json")
+    path.unlink()
+    os.mkfifo(path)  # reading it would wait for ever
+    refused(bundle, "config.json", "no regular file")
+    path.unlink()
+    path.mkdir()
+    refused(bundle, "config.json", "no regular file")
+
+
+def test_an_import_that_fails_is_not_the_bundles_fault(bundle: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip.model", None)
+    refused(bundle, "open_clip cannot be imported", "says nothing about", "Python package")
+
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.text(max_size=5), NUMBERS, st.just([]), st.just({}),
+    st.sampled_from([10**400, 2**63, 1e308, float("nan"), "x" * 9999, "a\nb", [[[1]]] * 9,
+                     json.loads("[" * 900 + "]" * 900), {"\n" * 500: 1}, [float("inf")] * 3]))
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of keys to everything in an object."""
+    items = (value.items() if isinstance(value, dict) else enumerate(value)
+             if isinstance(value, list) else ())
+    return [path, *(each for key, item in items for each in places(item, (*path, key)))]
+
+
+@settings(max_examples=120, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_to_the_config_is_one_sentence(sound: Path, data: st.DataObject) -> None:
+    path = sound / "config.json"
+    original = path.read_text()
+    config = json.loads(original)
+    *above, key = data.draw(st.sampled_from([p for p in places(config) if p and len(p) < 5]))
+    where = config
+    for each in above:
+        where = where[each]
+    if data.draw(st.booleans()):
+        where[key] = data.draw(ODD)
+    elif isinstance(where, dict) and data.draw(st.booleans()):
+        where[data.draw(st.sampled_from(["", "\n", "x" * 5000, "layers"]))] = data.draw(ODD)
+    else:
+        where.pop(key)
+    try:
+        path.write_text(json.dumps(config))
+        load_bundle(sound)
+    except BundleError as error:
+        message = str(error).replace(str(sound), "")
+        assert "\n" not in message and message.isprintable() and len(message) < 500, message
+    finally:
+        path.write_text(original)

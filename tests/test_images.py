@@ -98,12 +98,16 @@ def source(request, tmp_path):
 
 def test_every_source_holds_the_same_images_captions_and_labels(source):
     images, validation = open_images(source)
-    assert validation is None and images.names == NAMES and len(images) == 5
+    # In a tar green.png and green.jpg are one WebDataset sample, of which one image is used.
+    names = [name for name in NAMES if source.suffix != ".tar" or name != "green.jpg"]
+    assert validation is None and images.names == names and len(images) == len(names)
     assert colours(images)["a/red.png"] == RED and colours(images)["green.png"] == GREEN
     assert colours(images)["a/b/c/Blue.PNG"] == BLUE
-    assert [images.captions(i) for i in range(5)] == [
-        [], ["a red one", "another"], *[["two images of one caption"]] * 2, ["by the first dot"]]
-    assert [images.labels(i) for i in range(5)] == [{}, {"kind": "red"}, {}, {}, {}]
+    assert {name: images.captions(i) for i, name in enumerate(names)} == {
+        name: {"a/red.png": ["a red one", "another"], "a/b/c/Blue.PNG": [],
+               "key.part.webp": ["by the first dot"]}.get(name, ["two images of one caption"])
+        for name in names}
+    assert [images.labels(i) for i in range(3)] == [{}, {"kind": "red"}, {}]
 
 
 def test_subset_pickle_and_fingerprint(source):
@@ -111,7 +115,7 @@ def test_subset_pickle_and_fingerprint(source):
     images.image(0)  # an archive is open now
     copy = pickle.loads(pickle.dumps(images))
     assert colours(copy) == colours(images) and copy.fingerprint() == images.fingerprint()
-    part = images.subset([3, 1])
+    part = images.subset([images.names.index("green.png"), 1])
     assert part.names == ["green.png", "a/red.png"] and part.labels(1) == {"kind": "red"}
     assert part.image(0).getpixel((0, 0)) == GREEN
     assert part.fingerprint() != images.fingerprint()
@@ -316,7 +320,7 @@ def test_damaged_archives(tmp_path, capfd):
 
 def test_zips_that_need_unpacking(tmp_path):
     write_zip(tmp_path / "i.zip", {"x.png": plain("red")}, zipfile.ZIP_LZMA)
-    with pytest.raises(ValueError, match="rare method: unpack it"):
+    with pytest.raises(ValueError, match="x.png and all .* by a rare method: unpack the zip"):
         open_images(tmp_path / "i.zip")
 
 
@@ -503,8 +507,8 @@ def test_what_is_not_used_is_counted(tmp_path, capsys):
     assert open_images(tmp_path)[0].names == ["a.jfif", "b.PNG"]
     line, = capsys.readouterr().err.splitlines()  # not twice
     assert line.startswith(f"{tmp_path}: not used")
-    assert line.partition(": 2 .heic, ")[2] in ("1 .zip, 1 without an ending",
-                                                "1 without an ending, 1 .zip")
+    assert line.partition(": 2 .heic, ")[2].partition(";")[0] in (
+        "1 .zip, 1 without an ending", "1 without an ending, 1 .zip")
 
 
 def test_captions_can_always_be_written_again(tmp_path):

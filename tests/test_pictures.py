@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipgen import ClipGen, NothingToDraw, UnknownWords, read_recipe
 from clipgen.canvas import make_canvas
-from clipgen.images import centre_square, read_picture
+from clipgen.images import FORMATS, centre_square, read_picture
 from clipgen.recipe import save_image
 from tests.micro import micro_bundle
 
@@ -133,7 +133,7 @@ def test_a_picture_that_cannot_be_read_is_one_sentence(model, tmp_path, name, wh
         one(model, text=TEXT, **pictures)
     message = str(caught.value)
     assert message.startswith(f"{where} '{pictures[where].name}' cannot be read (")
-    assert message.endswith(": give a PNG, JPEG, WEBP, BMP, GIF or TIFF picture")
+    assert message.endswith(f": give a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture")
     assert "\n" not in message
 
 
@@ -222,16 +222,16 @@ def test_an_edit_of_a_larger_picture_takes_its_centre(model):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"text": None}, "text must say something, got None: give a text, or an image"),
-    ({"text": 5, "image": noise(1)}, "text must say something, got 5"),
+    ({"text": None}, "text must not be empty, got None: give a text or an image"),
+    ({"text": 5, "image": noise(1)}, "text must be a text, got 5"),
     ({"image": 5}, "image must be a PIL image or the path of a file, got 5"),
     ({"image": noise(1), "image_weight": 1.5}, "image_weight must be .* from 0 to 1, got 1.5"),
     ({"image_weight": True}, "image_weight .* got True"),
     ({"image_weight": float("nan")}, "image_weight .* got nan"),
     ({"negative_text": "day"}, "negative_text 'day' needs guidance above 1, got 1.0: give guid"),
     ({"negative_text": 5, "guidance": 3}, "negative_text must be a text, got 5"),
-    ({"mask": noise(1)}, "mask says .* give init_image too, or leave mask out"),
-    ({"keep": 0.5}, "keep says .* give init_image too"),
+    ({"mask": noise(1)}, "mask needs init_image.* give init_image too, or leave mask out"),
+    ({"keep": 0.5}, "keep needs .* give init_image too"),
     ({"init_image": noise(1)}, "either mask .* or keep .*, got neither mask nor keep"),
     ({"init_image": noise(1), "mask": noise(1), "keep": 0.5}, "mask .* or keep .*, got both"),
     ({"init_image": noise(1), "keep": -0.1}, "keep must be a number from 0 to 1, got -0.1"),

@@ -80,7 +80,7 @@ def test_images_can_be_sampled_from_image_embeddings(model):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"text": "  "}, "text must say something"), ({"num_images": 0}, "num_images .* got 0"),
+    ({"text": "  "}, "text must not be empty"), ({"num_images": 0}, "num_images .* got 0"),
     ({"candidates": -1}, "candidates .* got -1"), ({"num_images": 2.5}, "num_images .* got 2.5"),
     ({"seed": 1.5}, "seed .* got 1.5"), ({"seed": "1"}, "seed .* got '1'"),
     ({"seed": 2**31}, "seed .* got 2147483648"),

@@ -103,7 +103,7 @@ def test_logits_that_are_not_finite_are_an_error(part, int8):
     with pytest.raises(FloatingPointError, match="not finite.* damaged"):
         Sampler(gpt, int8).sample(torch.zeros(1, 32), [0], **PLAIN)
     if not int8:
-        with pytest.raises(FloatingPointError, match="do not fit torch.bfloat16, use float32"):
+        with pytest.raises(FloatingPointError, match="do not fit torch.bfloat16: use float32"):
             Sampler(gpt.bfloat16()).sample(torch.zeros(1, 32), [0], **PLAIN)
 
 
@@ -385,7 +385,7 @@ def test_progress_counts_every_code_once(gpt):
     (torch.zeros(2, 16), "forced codes must be whole numbers, got torch.float32"),
     (torch.zeros(2, 16, dtype=torch.bool), "whole numbers, got torch.bool"),
     (torch.zeros(2, 15, dtype=torch.int64), r"shape \(2, 16\), got \(2, 15\)"),
-    (torch.full((2, 16), 64), "between 0 and 63, or be -1 where free, got 64"),
+    (torch.full((2, 16), 64), "from 0 to 63, or -1 where a code is drawn, got 64"),
     (torch.full((2, 16), -2), "got -2")])
 def test_forced_codes_that_cannot_be_are_named(gpt, forced, words):
     with pytest.raises(ValueError, match=words):

@@ -9,13 +9,15 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, NamedTuple
 
 MOST_BYTES = 2**30  # of one file
+SLACK = 1024  # compressed bytes that may come before the first ones of the content
 MOST_OPEN = 128  # archives at once, well below the usual limit of 1,024 files
+MOST_FOLDERS = 100  # of one in another
 # How a place is read; from 0 on it is a zip's compression method: 0 stored, 8 deflated.
-WHOLE, SLICE = -2, -1
+RARE, WHOLE, SLICE = -3, -2, -1  # a zip's member that cannot be read, a file, a part of a tar
+RARELY = "encrypted or compressed by a rare method: unpack the zip and give the folder"
 
 
 class Place(NamedTuple):
@@ -40,26 +42,34 @@ class Reader:
     def __getstate__(self) -> dict:
         return {"_open": {}}
 
-    def read(self, place: Place) -> bytes:
-        """The content.  OSError, or ValueError with the reason: damaged, cut short, too large."""
-        if place.size > MOST_BYTES:
+    def read(self, place: Place, most: int | None = None) -> bytes:
+        """The content; with `most` its first bytes, at most so many.
+
+        OSError, or ValueError with the reason: damaged, cut short, too large.
+        """
+        if place.size > MOST_BYTES and most is None:
             raise ValueError(f"{place.size:,} bytes are too many")
+        if place.how == RARE:
+            raise ValueError(RARELY)
         if place.how == WHOLE:
-            return Path(place.path).read_bytes()
+            with open(place.path, "rb") as opened:
+                return opened.read(-1 if most is None else most)
         if place.path not in self._open:
             if len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open)))
             self._open[place.path] = open(place.path, "rb", buffering=0)
         file = self._open[place.path]
+        size = place.size if most is None else min(place.size, most + SLACK)
         if place.how == SLICE:
-            return read_slice(file, place.offset, place.size)
+            return read_slice(file, place.offset, size)[:most]
         header = read_slice(file, place.offset, 30)
         if not header.startswith(b"PK\x03\x04"):
             raise ValueError("the zip is damaged")
         fields = sum(int.from_bytes(header[at:at + 2], "little") for at in (26, 28))  # name, extra
-        data = read_slice(file, place.offset + 30 + fields, place.size)
+        data = read_slice(file, place.offset + 30 + fields, size)
         try:
-            return zlib.decompressobj(-15).decompress(data, MOST_BYTES) if place.how else data
+            return (zlib.decompressobj(-15).decompress(data, most or MOST_BYTES) if place.how
+                    else data[:most])
         except zlib.error:
             raise ValueError("the zip is damaged") from None
 
@@ -80,7 +90,7 @@ def list_files(path: str) -> Iterator[tuple[str, Place]]:
     missing, unreadable or none of these.
     """
     if os.path.isdir(path):
-        return _list_folder(path, "", set())
+        return _list_folder(path, "", set(), 0)
     try:
         with open(path, "rb") as file:
             start = file.read(6)
@@ -114,9 +124,12 @@ def _hidden(name: str) -> bool:
                for part in name.split("/"))
 
 
-def _list_folder(root: str, prefix: str, seen: set[tuple[int, int]]
+def _list_folder(root: str, prefix: str, seen: set[tuple[int, int]], depth: int
                  ) -> Iterator[tuple[str, Place]]:
     """Links are followed, but no folder is listed twice."""
+    if depth > MOST_FOLDERS:
+        raise ValueError(f"the folder {root[:60]}... lies {depth} folders deep, {MOST_FOLDERS} are "
+                         "allowed: move its images up")
     try:
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:
@@ -137,7 +150,8 @@ def _list_folder(root: str, prefix: str, seen: set[tuple[int, int]]
         if stat.S_ISREG(status.st_mode):
             yield prefix + entry.name, Place(entry.path, 0, status.st_size, WHOLE)
         elif stat.S_ISDIR(status.st_mode):
-            yield from _list_folder(entry.path, f"{prefix}{entry.name}/", seen)
+            yield from _list_folder(entry.path, f"{prefix}{entry.name}/", seen,
+                                    depth + 1)
 
 
 def _list_zip(path: str) -> Iterator[tuple[str, Place]]:
@@ -147,14 +161,14 @@ def _list_zip(path: str) -> Iterator[tuple[str, Place]]:
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ValueError(f"the zip {path} cannot be read ({error}): make it again") from None
     for member in members:
-        name = clean(member.filename)
-        if member.is_dir() or _hidden(name) or stat.S_ISLNK(member.external_attr >> 16):
+        given = member.filename.replace("\\", "/")  # as some programs for Windows write it
+        name = clean(given)
+        if given.endswith("/") or _hidden(name) or stat.S_ISLNK(member.external_attr >> 16):
             continue
-        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED,
-                                                                zipfile.ZIP_DEFLATED):
-            raise ValueError(f"{path} holds {name} encrypted or compressed by a rare method: "
-                             "unpack it and give the folder")
-        yield name, Place(path, member.header_offset, member.compress_size, member.compress_type)
+        rare = member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED,
+                                                                    zipfile.ZIP_DEFLATED)
+        yield name, Place(path, member.header_offset, member.compress_size,
+                          RARE if rare else member.compress_type)
 
 
 def _list_tar(path: str) -> Iterator[tuple[str, Place]]:

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from scripts.data.images import Images, by_hash, split
 from scripts.data.presets import open_images
+from scripts.data.reading import PLAIN, Reading
 from scripts.data.transforms import all_views, batches
 
 
 def open_parts(source: str, validation: str | None, held_out: float,
-               captions: Path | None = None) -> tuple[Images, Images, str]:
+               captions: Path | None = None,
+               reading: Reading = PLAIN) -> tuple[Images, Images, str]:
     """(images to train on, images held out, fingerprint of the former).
 
     Held out is the set at `validation`, else the source's own, else a share of it; in no order, so
     that the first few of them stand for all.
     """
-    images, held = open_images(source, captions)
+    images, held = open_images(source, captions, reading)
     if validation:
-        train, part = open_images(validation, captions)
+        train, part = open_images(validation, captions, reading)
         held = part or train
     if held is None:
         images, held = split(images, held_out)

@@ -2,7 +2,8 @@
 
 Opening lists the names and where each image lies; pixels are read when asked for, and nothing is
 ever unpacked to disk.  NAME.txt beside an image holds its captions, one a line, NAME.json its
-labels; as in WebDataset, NAME may also end at the first dot.
+labels; as in WebDataset, NAME may also end at the first dot.  Of several images of one WebDataset
+sample one is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import mmap
 import os
 import sys
 from collections import Counter
@@ -20,39 +22,76 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from clipgen.images import UnreadableImage, decode_image
-from scripts.data.archives import Place, Reader, list_files
+from clipgen.images import FORMATS, NOTES, WHITE, UnreadableImage, decode_image, is_image
+from scripts.data.archives import RARE, RARELY, SLICE, Place, Reader, list_files
+from scripts.data.reading import PLAIN, Reading
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+           *((".avif",) if "AVIF" in FORMATS else ()),
+           *((".jp2", ".j2k", ".jpx", ".jpf") if "JPEG2000" in FORMATS else ()))
+ARCHIVES = {".tar", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst"}
+MOST_TEXT = 2**20  # bytes of the captions or labels of one image
 # Place without its path, whose number in a list stands for it: a million take 60 MB.
 PLACE = np.dtype([("path", "i4"), ("offset", "i8"), ("size", "i8"), ("how", "i1")])
 NOWHERE = (-1, 0, 0, 0)
 IMAGE, TEXT, LABELS = range(3)  # columns of places
 
 
+class Notes:
+    """Tells on stderr what was a guess about images: the first of each kind, then how many so far.
+
+    Forked workers share the count, so that each image counts once, however often it is read.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._seen = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)  # bits, one a kind
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return Notes, (self._count,)  # a spawned worker counts on its own
+
+    def add(self, i: int, name: str, note: str) -> None:
+        bit = 1 << NOTES.index(note)
+        if self._seen[i] & bit:
+            return
+        self._seen[i] |= bit
+        count = int((self._seen & bit > 0).sum())
+        if count == 1:
+            print(f"{name}: {note}", file=sys.stderr)
+        elif count in (10, 100) or count % 1000 == 0:
+            print(f"{count:,} images so far: {note}", file=sys.stderr)
+
+
 class Images:
     """Named images in a fixed order; picklable, and safe to use in forked and spawned workers."""
 
     def __init__(self, names: list[str], paths: list[str], places: np.ndarray,
-                 table: dict[str, list[str]] | None = None):
+                 table: dict[str, list[str]] | None = None, reading: Reading = PLAIN):
         """`places`: PLACE (N, 3), where each image lies, its captions and its labels.
 
         `table`: captions by name, instead of those beside the images.
         """
         self.names = names
-        self._paths, self._places, self._table = paths, places, table
+        self._paths, self._places, self._table, self._reading = paths, places, table, reading
         self._reader = Reader()
+        self._notes, self._numbers = Notes(len(names)), np.arange(len(names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, i: int, least: int | None = None) -> Image.Image:
-        """Image i as `decode_image` makes it; UnreadableImage says `NAME: reason`."""
+        """Image i as `decode_image` makes it; UnreadableImage says `NAME: reason`.
+
+        Its notes go to stderr: the first of each kind, and how many there are.
+        """
         data = self._read(i, IMAGE)
         try:
-            return decode_image(data, least)
+            image = decode_image(data, least, self._reading.background)
         except UnreadableImage as error:
             raise UnreadableImage(f"{self.names[i]}: {error}") from None
+        for note in image.info["notes"]:
+            self._notes.add(int(self._numbers[i]), self.names[i], note)
+        return image
 
     def captions(self, i: int) -> list[str]:
         """The captions of image i; empty without any.  UnreadableImage: their file is damaged."""
@@ -66,7 +105,7 @@ class Images:
         data = self._read(i, LABELS)
         try:
             labels = json.loads(data or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"the .json beside {self.names[i]} is not valid JSON: mend or remove "
                              "it") from None
         return labels if isinstance(labels, dict) else {"label": labels}
@@ -74,16 +113,22 @@ class Images:
     def subset(self, indices: Iterable[int]) -> Images:
         """The images at `indices`, in that order."""
         indices = [int(i) for i in indices]
-        return Images([self.names[i] for i in indices], self._paths, self._places[indices],
-                      self._table)
+        part = Images([self.names[i] for i in indices], self._paths, self._places[indices],
+                      self._table, self._reading)
+        part._notes, part._numbers = self._notes, self._numbers[indices]
+        return part
 
     def with_captions(self, table: dict[str, list[str]]) -> Images:
         """The same images with the captions of `table`, by name with or without its ending."""
-        return Images(self.names, self._paths, self._places, table)
+        whole = self.subset(range(len(self)))
+        whole._table = table
+        return whole
 
     def fingerprint(self) -> str:
-        """sha256 over names and sizes in bytes: which images these are."""
+        """sha256 over names, sizes in bytes and the background: which images these are."""
         digest = hashlib.sha256()
+        if self._reading.background != WHITE:
+            digest.update(bytes(self._reading.background))
         for name, size in zip(self.names, self._places["size"][:, IMAGE].tolist(), strict=True):
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\n" % size)
         return digest.hexdigest()
@@ -93,8 +138,12 @@ class Images:
         path, *rest = self._places[i, kind].item()
         if path < 0:
             return b""
+        place = Place(self._paths[path], *rest)
         try:
-            return self._reader.read(Place(self._paths[path], *rest))
+            if kind != IMAGE and place.size > MOST_TEXT:
+                raise ValueError(f"its text file has {place.size:,} bytes, {MOST_TEXT:,} are "
+                                 "allowed")
+            return self._reader.read(place)
         except (ValueError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UnreadableImage(f"{self.names[i]}: {reason}") from None
@@ -106,57 +155,107 @@ def keys_of(name: str) -> tuple[str, str, str]:
     return name, folder + slash + base.rpartition(".")[0], folder + slash + base.partition(".")[0]
 
 
-def _list(path: str) -> tuple[list[str], list[str], np.ndarray, Counter[str]]:
-    """names, paths, places (N, 3) of one source, and how often its other files' endings occur."""
+def _list(path: str, reading: Reading
+          ) -> tuple[list[str], list[str], np.ndarray, Counter[str], list[str]]:
+    """names, paths, places (N, 3) of one source; how often its other files' endings occur; the
+    images left out, as others of their samples are used."""
     files: dict[str, Place] = {}  # of two members of one name the later one counts, as in tar
     others: Counter[str] = Counter()
+    names: dict[str, None] = {}
+    reader = Reader()
     for name, place in list_files(path):
         ending = os.path.splitext(name)[1].lower()
-        if ending in (*ENDINGS, ".txt", ".json"):
+        if ending in ENDINGS or ending not in (".txt", ".json") and (
+                reading.any_ending and _holds_image(reader, place)):
+            names[name] = None
+            files[name] = place
+        elif ending in (".txt", ".json"):
             files[name] = place
         else:
             others[ending or "without an ending"] += 1
-    names = [name for name in files if name.lower().endswith(ENDINGS)]
+    if names and all(files[name].how == RARE for name in names):
+        raise ValueError(f"{path} holds {next(iter(names))} and all other images {RARELY}")
+    used = list(names)
+    if any(place.how == SLICE for place in files.values()):
+        used = _one_a_sample(list(names), files, reading.sample_image)
     paths: dict[str, int] = {}
-    places = np.full((len(names), 3), np.array(NOWHERE, PLACE))
-    for i, name in enumerate(names):
+    places = np.full((len(used), 3), np.array(NOWHERE, PLACE))
+    for i, name in enumerate(used):
         _, stem, key = keys_of(name)
         beside = [files.get(stem + ending) or files.get(key + ending)
                   for ending in (".txt", ".json")]
         for kind, place in enumerate([files[name], *beside]):
             if place:
                 places[i, kind] = (paths.setdefault(place.path, len(paths)), *place[1:])
-    return names, list(paths), places, others
+    left = names.keys() - set(used)
+    return used, list(paths), places, others, sorted(left)
 
 
-def open_all(paths: Sequence[str], source: str) -> Images:
+def _holds_image(reader: Reader, place: Place) -> bool:
+    try:
+        return is_image(reader.read(place, 32))
+    except (ValueError, OSError):
+        return False
+
+
+def _one_a_sample(names: list[str], files: dict[str, Place], ending: str) -> list[str]:
+    """The images of an archive, of each WebDataset sample one: the one that ends in `ending` after
+    its first dot, else the first without a second dot, else the first.
+
+    Images of one key are a sample where a file KEY.ENDING without a second dot is among them: names
+    that merely hold dots, as those of screenshots do, have none.
+    """
+    samples: dict[str, list[str]] = {}
+    for name in names:
+        samples.setdefault(keys_of(name)[2], []).append(name)
+    plain = {keys_of(name)[2] for name in files if keys_of(name)[1] == keys_of(name)[2]}
+    used = []
+    for key, group in samples.items():
+        wanted = [name for name in group if ending and name.lower() == f"{key}.{ending}".lower()]
+        if wanted:
+            used += wanted[:1]
+        elif len(group) > 1 and key in plain:
+            used.append(min(group, key=lambda name: keys_of(name)[1] != key))  # the first such
+        else:
+            used += group
+    return used
+
+
+def open_all(paths: Sequence[str], source: str, reading: Reading = PLAIN) -> Images:
     """The images of `source`; where it stands for several shards, their names start with a shard's.
 
     ValueError: no image in any.
     """
     above = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    read = functools.partial(_list, reading=reading)
     if len(paths) > 8:  # a shard of 10,000 images takes a core most of a second
         with concurrent.futures.ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            listed = list(tqdm(pool.map(_list, paths), "listing", len(paths), unit=" shards"))
+            listed = list(tqdm(pool.map(read, paths), "listing", len(paths), unit=" shards"))
     else:
-        listed = [_list(path) for path in paths]
-    names, on_disk, places, others = [], [], [], Counter()
-    for path, (found, where, place, other) in zip(paths, listed, strict=True):
+        listed = [read(path) for path in paths]
+    names, on_disk, places, others, left = [], [], [], Counter(), []
+    for path, (found, where, place, other, beside) in zip(paths, listed, strict=True):
         others += other
         prefix = "" if path == source else f"{os.path.relpath(path, above)}/"
         names += [prefix + name for name in found]
+        left += [prefix + name for name in beside]
         place["path"][place["path"] >= 0] += len(on_disk)
         on_disk += where
         places.append(place)
     if not names:
         hint = ("; it holds archives: give one, or several as 'FOLDER/{0000..0099}.tar'"
-                if {".tar", ".zip"} & others.keys() else ": give a folder, zip or tar of images")
+                if ARCHIVES & others.keys() else ": give a folder, zip or tar of images")
         raise ValueError(f"{source} holds no image ({', '.join(ENDINGS)}){hint}")
     if others:
         _say(f"{source}: not used, as these are no images that can be read here: "
-             + ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(9)))
+             + ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(9))
+             + ("" if reading.any_ending else "; --any-ending looks into them"))
+    if left:
+        _say(f"{source}: not used, as one image of each WebDataset sample is: {len(left):,}, such "
+             f"as {left[0]}; --sample-image {keys_of(left[0])[0][len(keys_of(left[0])[2]) + 1:]} "
+             "takes those instead")
     order = sorted(range(len(names)), key=names.__getitem__)
-    return Images(names, on_disk, np.concatenate(places)).subset(order)
+    return Images(names, on_disk, np.concatenate(places), reading=reading).subset(order)
 
 
 @functools.cache  # once a process

@@ -17,6 +17,7 @@ from pathlib import Path
 from scripts.data import SOURCES
 from scripts.data.captions import read_captions
 from scripts.data.images import Images, keys_of, open_all
+from scripts.data.reading import PLAIN, Reading
 
 
 def _expand(pattern: str) -> list[str]:
@@ -43,23 +44,23 @@ def _needed(preset: str, root: Path, layout: str, *names: str) -> list[Path]:
     return [root / name for name in names]
 
 
-def _coco(root: Path) -> tuple[Images, Images]:
+def _coco(root: Path, reading: Reading) -> tuple[Images, Images]:
     train, val, train_captions, val_captions = _needed(
         "coco", root, "train2017/, val2017/ and annotations/captions_{train,val}2017.json",
         "train2017", "val2017", "annotations/captions_train2017.json",
         "annotations/captions_val2017.json")
-    images, validation = open_all([str(train)], str(train)), open_all([str(val)], str(val))
+    images, validation = (open_all([str(part)], str(part), reading) for part in (train, val))
     return (images.with_captions(read_captions(train_captions)),
             validation.with_captions(read_captions(val_captions)))
 
 
-def _imagenet(root: Path) -> tuple[Images, Images]:
+def _imagenet(root: Path, reading: Reading) -> tuple[Images, Images]:
     train, val = _needed("imagenet", root, "train/CLASS/*.JPEG and val/, with or without classes",
                          "train", "val")
-    return open_all([str(train)], str(train)), open_all([str(val)], str(val))
+    return open_all([str(train)], str(train), reading), open_all([str(val)], str(val), reading)
 
 
-def _googlecc(root: Path) -> tuple[Images, Images | None]:
+def _googlecc(root: Path, reading: Reading) -> tuple[Images, Images | None]:
     """What img2dataset makes of Conceptual Captions: 00000.tar ... of key.jpg, .txt and .json."""
     layout = "img2dataset's 00000.tar, 00001.tar ..., directly or in train/ and val/"
     _needed("googlecc", root, layout)
@@ -68,7 +69,7 @@ def _googlecc(root: Path) -> tuple[Images, Images | None]:
         paths = sorted(str(path) for path in folder.glob("*.tar"))
         if not paths:
             raise ValueError(f"googlecc:{root} finds no .tar in {folder}: the layout is {layout}")
-        return open_all(paths, str(folder))
+        return open_all(paths, str(folder), reading)
 
     if not (root / "train").is_dir():
         return shards(root), None
@@ -78,10 +79,12 @@ def _googlecc(root: Path) -> tuple[Images, Images | None]:
 PRESETS = {"coco": _coco, "imagenet": _imagenet, "googlecc": _googlecc}
 
 
-def open_images(source: str | Path, captions: Path | None = None) -> tuple[Images, Images | None]:
+def open_images(source: str | Path, captions: Path | None = None,
+                reading: Reading = PLAIN) -> tuple[Images, Images | None]:
     """The images of `source` and, where a preset has them, its validation images.
 
     `captions`: a file that `read_captions` takes, used instead of what lies beside the images.
+    `reading`: what counts as an image, and how one is read.
     ValueError, one sentence: the source is missing, empty, of another layout or unreadable.
     """
     source = str(source)
@@ -96,11 +99,11 @@ def open_images(source: str | Path, captions: Path | None = None) -> tuple[Image
                          f"{', '.join(sorted([*PRESETS, *SOURCES]))}, folders, zips, tars and "
                          "shards")
     if preset in PRESETS and root:
-        images, validation = PRESETS[preset](Path(root).expanduser())
+        images, validation = PRESETS[preset](Path(root).expanduser(), reading)
     elif "{" in source and not os.path.exists(source):
-        images, validation = open_all(_expand(source), source), None
+        images, validation = open_all(_expand(source), source, reading), None
     else:
-        images, validation = open_all([source], source), None
+        images, validation = open_all([source], source, reading), None
     if captions:
         table = read_captions(captions)
         _report_unmatched(captions, table, [images, validation] if validation else [images])

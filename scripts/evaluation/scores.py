@@ -26,6 +26,7 @@ from clipgen.sampling import SEEDS
 from clipgen.vqgan import VQGAN
 from scripts.data.dataset import stack_views
 from scripts.data.presets import open_images
+from scripts.data.reading import PLAIN, Reading, ReadingSettings
 from scripts.evaluation import metrics
 from scripts.evaluation.features import RADII, Network, blurred_features, load_network
 from scripts.evaluation.figures import grid, sheet
@@ -38,7 +39,7 @@ OWN_IMAGES = 1000  # that images are sampled from without --count, at most
 Conditions = Sequence[str] | Tensor  # sampled from: texts, or images uint8 (N, 3, S, S)
 
 @dataclass(kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(ReadingSettings):
     """What is sampled from a bundle, and what it is compared with."""
 
     bundle: Path = setting(type=Path, positional=True)
@@ -127,7 +128,8 @@ def evaluate(s: EvaluationSettings, model: ClipGen, texts: Sequence[str],
     network = load_network(s.features, clip, clip_name) if s.images else None
     names, real, other = [], None, None
     if s.images:
-        names, real, other = read_real(s.images, size, len(texts) or s.count, s.seed)
+        names, real, other = read_real(s.images, size, len(texts) or s.count, s.seed,
+                                       s.reading)
         if other is None and not texts:
             print(f"{s.images} has fewer than {2 * len(real)} readable images, so samples are "
                   "compared with the very images they were sampled from, which flatters them",
@@ -196,14 +198,14 @@ def scoring_clip(model: ClipGen, given: CLIP | None, source: str | None) -> tupl
     return clip, name
 
 
-def read_real(source: str, size: int, count: int | None,
-              seed: int) -> tuple[list[str], Tensor, Tensor | None]:
+def read_real(source: str, size: int, count: int | None, seed: int,
+              reading: Reading = PLAIN) -> tuple[list[str], Tensor, Tensor | None]:
     """Names and pixels uint8 (N, 3, size, size) of N real images, and as many other ones.
 
     N is `count` (None: at most 1000, and no more than half of all), or less where there are fewer;
     the others are None where there are fewer than 2 N.
     """
-    train, validation = open_images(source)
+    train, validation = open_images(source, reading=reading)
     images = validation or train
     count = count or max(2, min(OWN_IMAGES, len(images) // 2))
     drawn = images.subset(np.random.default_rng(seed).permutation(len(images)).tolist())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clipgen.clip import CLIP, CLIPConfig, vocabulary_of
 from scripts.data.dataset import BatchLoader, open_parts, refuse_inside, stack_views
 from scripts.data.images import Images
+from scripts.data.reading import ReadingSettings
 from scripts.training.cli import positive, scale, setting, whole
 from scripts.training.optim import adamw
 from scripts.training.run_directory import finish
@@ -28,7 +29,7 @@ DECAY = 0.1  # weight decay of matrices
 
 
 @dataclass(kw_only=True)
-class CLIPSettings(RunSettings):
+class CLIPSettings(RunSettings, ReadingSettings):
     """Settings of `scripts.train_clip`."""
 
     images: str = setting(help="folder, zip, tar, shards, or coco:, googlecc: and a folder",
@@ -214,7 +215,7 @@ def train_clip(settings: CLIPSettings, accelerator: Accelerator) -> dict[str, An
                          f"{settings.together}: images that belong together share a batch")
     refuse_inside(settings.images, run=settings.run)
     images, held, data = open_parts(settings.images, settings.validation, settings.held_out,
-                                    settings.captions)
+                                    settings.captions, settings.reading)
     lines = [images.captions(i) for i in range(len(images))]
     shown, views = stack_views(held, settings.size, 1000)
     texts = [held.captions(i) for i in shown]

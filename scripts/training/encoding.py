@@ -24,6 +24,7 @@ from scripts.data import shards
 from scripts.data.dataset import open_parts
 from scripts.data.files import write_text
 from scripts.data.images import Images, UnreadableImage, draw
+from scripts.data.reading import ReadingSettings
 from scripts.data.transforms import centre_view, least_side, random_view
 from scripts.training.cli import positive, scale, seed, setting, whole
 from scripts.training.loading import CODES, fingerprint, load_clip, load_vqgan
@@ -35,7 +36,7 @@ NAMED = 20  # unreadable images on stderr; the manifest names all
 
 
 @dataclass(kw_only=True)
-class EncodeSettings:
+class EncodeSettings(ReadingSettings):
     """Settings of `scripts.encode_images`."""
 
     images: str = setting(help="folder, zip, tar, 'shards/{000..099}.tar' or PRESET:DIRECTORY",
@@ -193,7 +194,7 @@ def encode_images(s: EncodeSettings) -> dict[str, Any]:
     # Processes may finish hours apart where one of them reads from slower disks.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     clip, vqgan = load_clip(s.clip).to(state.device), load_vqgan(s.vqgan).to(state.device)
-    images, held, _ = open_parts(s.images, s.validation, s.held_out, s.captions)
+    images, held, _ = open_parts(s.images, s.validation, s.held_out, s.captions, s.reading)
     parts = {"train": images, "validation": held}
     if s.limit:
         parts = {part: draw(found, s.limit) for part, found in parts.items()}

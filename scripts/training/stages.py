@@ -28,6 +28,7 @@ from scripts.data.captions import shown
 from scripts.data.dataset import stack_views
 from scripts.data.files import write_text
 from scripts.data.images import Images, UnreadableImage
+from scripts.data.reading import ReadingSettings
 from scripts.data.shards import read_shards
 from scripts.data.transforms import least_side
 from scripts.evaluation.figures import curves_of, plot
@@ -49,11 +50,12 @@ MOST_CROPS, MOST_ENCODING = 16, 0.3  # views of an image; share of --time
 STAGES = {"vqgan": VQGANSettings, "encode": EncodeSettings, "gpt": GPTSettings}
 # Settings of stages that follow from those of the whole.
 SETTLED = {"run", "out", "shards", "vqgan", "clip", "start_from", "decoder_of", "images", "size",
-           "time", "captions", "held_out", "scale", "flip", "dtype", "workers", "seed"}
+           "time", "captions", "held_out", "scale", "flip", "dtype", "workers", "seed",
+           *(each.name for each in fields(ReadingSettings))}
 
 
 @dataclass(kw_only=True)
-class TrainSettings:
+class TrainSettings(ReadingSettings):
     """Settings of `scripts.train`; those of a stage are given as in --gpt.batch 4."""
 
     images: str = setting(help="folder, zip, tar, 'shards/{000..099}.tar', or coco:, imagenet:, "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.data.dataset import BatchLoader, open_parts, refuse_inside, stack_views
 from scripts.data.images import Images
+from scripts.data.reading import ReadingSettings
 from scripts.evaluation.scores import copy_scores
 from scripts.training.cli import amount, positive, scale, setting, share, whole
 from scripts.training.loading import load_clip, load_vqgan
@@ -44,7 +45,7 @@ OPTIMIZERS = {"muon": muon_vqgan, "adamw": adamw_alone}
 
 
 @dataclass(kw_only=True)
-class VQGANSettings(RunSettings):
+class VQGANSettings(RunSettings, ReadingSettings):
     """Settings of `scripts.train_vqgan`."""
 
     images: str = setting(help="folder, zip, tar, shards, or coco:, imagenet:, googlecc: and a "
@@ -279,7 +280,8 @@ def train_vqgan(settings: VQGANSettings, accelerator: Accelerator) -> dict[str, 
     perceptual = perceptual_loss(settings)
     vqgan = make_vqgan(settings)
     refuse_inside(settings.images, run=settings.run)
-    images, held, data = open_parts(settings.images, settings.validation, settings.held_out)
+    images, held, data = open_parts(settings.images, settings.validation, settings.held_out,
+                                    reading=settings.reading)
     pixels = stack_views(held, vqgan.config.image_size, 1000)[1]
     result = train(
         settings, accelerator, lambda steps: VQGANTask(settings, accelerator, steps, vqgan, images,
