@@ -53,12 +53,12 @@ class Server:
         self.log_path = directory / "server.log"
         self.temporary = directory / "tmp"
         self.temporary.mkdir(parents=True)
+        (directory / "predict.py").symlink_to(ROOT / "predict.py")
+        if schema:
+            (directory / ".cog").mkdir()
+            text = json.dumps(openapi_schema((ROOT / "predict.py").read_text()))
+            (directory / ".cog" / "openapi_schema.json").write_text(text)
         if command is None:
-            (directory / "predict.py").symlink_to(ROOT / "predict.py")
-            if schema:
-                (directory / ".cog").mkdir()
-                text = json.dumps(openapi_schema((ROOT / "predict.py").read_text()))
-                (directory / ".cog" / "openapi_schema.json").write_text(text)
             command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
             command += ["--upload-url", upload_url] if upload_url else []
         else:
@@ -160,6 +160,21 @@ class Server:
         thread.start()
         wait_for(lambda: self.health()["status"] == "BUSY", 10, "the start of a prediction")
         return thread
+
+    def processes(self) -> dict[str, int]:
+        """By command line, the ids of all that this process has started, at any depth."""
+        lines = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid=,args="], text=True)
+        found, family = {}, {self.process.pid}
+        for pid, parent, command in (line.split(None, 2) for line in lines.splitlines()):
+            if int(parent) in family:  # parents are listed before children
+                family.add(int(pid))
+                found[command] = int(pid)
+        return found
+
+    def kill(self, named: str) -> None:
+        """Kill outright the one process below that has this in its command line."""
+        (pid,) = (pid for command, pid in self.processes().items() if named in command)
+        os.kill(pid, signal.SIGKILL)
 
     def memory(self) -> int:
         """Resident bytes of the server with its workers."""

@@ -5,7 +5,9 @@ import io
 import json
 import re
 import shutil
+import signal
 import socket
+import sys
 import threading
 import time
 
@@ -431,6 +433,53 @@ def test_sigterm_ends_the_prediction_then_the_server(tmp_path, slow_bundle):
     assert running.response["status"] == "succeeded"
     assert server.process.returncode == 0
     assert not list(server.temporary.glob("clipgen-*"))
+
+
+# Workers that die: scripts/serving/watch.py
+
+WATCH = [sys.executable, "-m", "scripts.serving.watch", "--restarts", "1"]
+WORKER, COG = "coglet.server._run_worker", "cog.server.http"
+
+
+def gone(server):
+    """Whether nothing listens at the server's port."""
+    try:
+        server.request("GET", "/health-check")
+    except OSError:
+        return True
+
+
+def test_a_killed_worker_is_replaced_and_the_second_time_given_up(tmp_path, bundle):
+    request = {"text": TEXT, "num_outputs": 1, "candidates": 2, "seed": 6}
+    with Server(tmp_path, bundle, command=WATCH) as server:
+        before = server.ready().files(**request)
+        server.kill(WORKER)
+        wait_for(lambda: "restart 1 of 1 in 1 s" in server.log_path.read_text(), 60, "a restart")
+        assert server.ready().files(**request) == before
+        assert len(list(server.temporary.iterdir())) == 1  # that of the first is gone
+
+        server.kill(COG)  # the server itself is watched as well
+        assert server.process.wait(60) == 1
+        last = server.log_path.read_text().splitlines()[-1]
+        assert re.fullmatch("clipgen: Cog's server ended with status -9 after 1 restarts: .*", last)
+    assert gone(server) and not list(server.temporary.iterdir())
+
+
+def test_signals_end_the_watched_server_after_its_prediction(tmp_path, slow_bundle):
+    with Server(tmp_path, slow_bundle, command=WATCH) as server:
+        running = server.ready().start("last", text=TEXT, candidates=8)
+        server.process.send_signal(signal.SIGINT)
+        running.join()
+        assert running.response["status"] == "succeeded"
+        assert server.process.wait(60) == 0
+    assert gone(server) and not list(server.temporary.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of it")
+def test_nothing_is_left_when_the_watcher_is_killed(tmp_path, bundle):
+    with Server(tmp_path, bundle, command=WATCH) as server:
+        server.ready().process.kill()
+        wait_for(lambda: gone(server), 60, "the end of Cog's server")
 
 
 # Setup and the long run
