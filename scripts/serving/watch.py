@@ -3,11 +3,13 @@
     python -m scripts.serving.watch PORT [--restarts 5]
 
 Cog's server outlives its worker: once that is killed, for want of memory say, GET /health-check
-says UNHEALTHY and every prediction fails, for good.  So the health is asked for every second.  A
-server that was READY and is ill three times in a row is ended and started anew, after a pause that
-doubles each time; ten minutes without make the count start again.  After the last restart the exit
-status is 1, so that a supervisor takes over.  SIGTERM, SIGINT and SIGHUP end the running
-prediction, then everything; a second one ends everything at once.
+says UNHEALTHY and every prediction fails, for good.  And a prediction for which Cog cannot make its
+folders, as on a full disk, leaves the server BUSY for good; only its log
+tells.  So the health is asked for every second and the log is read on its way to stderr.  A server
+that was READY and is ill three times in a row, or has lost its place for predictions, is ended and
+started anew, after a pause that doubles each time; ten minutes without make the count start again.
+After the last restart the exit status is 1, so that a supervisor takes over.  SIGTERM, SIGINT and
+SIGHUP end the running prediction, then everything; a second one ends everything at once.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import ctypes
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +41,7 @@ LONGEST = 60  # seconds of pause before a restart, at most
 CALM = 600  # seconds that a server ran, after which earlier restarts count no more
 WELL = {"READY", "BUSY"}
 ILL = {"UNHEALTHY", "DEFUNCT", "SETUP_FAILED"}  # the first one only after setup
+LOST = re.compile(rb"(dropped without|poisoned).*coglet::permit::pool")  # in Cog's log
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
@@ -77,24 +82,42 @@ def bound_to_this_process() -> None:
         LIBC.prctl(PARENT_DEATH, signal.SIGTERM)
 
 
+class Log(threading.Thread):
+    """Passes a server's log on to stderr; `lost`: it told of a place for predictions that is."""
+
+    def __init__(self, process: subprocess.Popen):
+        super().__init__(daemon=True)
+        self.process, self.lost = process, False
+        self.start()
+
+    def run(self) -> None:
+        for line in self.process.stderr:
+            self.lost = self.lost or LOST.search(line) is not None
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+
+
 @contextlib.contextmanager
-def server(port: int, signals: Signals) -> Iterator[subprocess.Popen]:
+def server(port: int, signals: Signals) -> Iterator[tuple[subprocess.Popen, Log]]:
     """Cog's server; with it ends its worker, and what the two left among the temporary files."""
     python = Path(sys.executable)
     with tempfile.TemporaryDirectory(prefix="clipgen-serve-",
                                      ignore_cleanup_errors=True) as temporary:
         process = subprocess.Popen(
             [python, "-m", "cog.server.http", "--host", "127.0.0.1"], stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             # A group of its own: Ctrl-C is for this process, which passes it on once.
             process_group=0, preexec_fn=bound_to_this_process,
             env=os.environ | {
                 "PORT": str(port), "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
                 "TMPDIR": temporary,
                 "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"})  # of the worker
+        log = Log(process)
         try:
-            yield process
+            yield process, log
         finally:
             end(process, signals)
+            log.join()
 
 
 def end(process: subprocess.Popen, signals: Signals) -> None:
@@ -120,8 +143,9 @@ def health(port: int) -> str | None:
         connection.close()
 
 
-def watch(process: subprocess.Popen, port: int, signals: Signals, was_ready: bool) -> Ended:
-    """Until a signal comes, the server ends, or it is ill after it was ready."""
+def watch(process: subprocess.Popen, log: Log, port: int, signals: Signals, was_ready: bool
+          ) -> Ended:
+    """Until a signal comes, the server ends, it is ill after it was ready, or BUSY for good."""
     ill, began = 0, time.monotonic()
 
     def ended(reason: str) -> Ended:
@@ -137,6 +161,8 @@ def watch(process: subprocess.Popen, port: int, signals: Signals, was_ready: boo
             if status and was_ready:
                 return ended(f"Cog's server ended with status {status}")
             return Ended("", 1 if status < 0 else status)  # its own words are in the log
+        if log.lost:
+            return ended("Cog's server is BUSY for good, its log says why")
         found = health(port)
         was_ready = was_ready or found in WELL | {"UNHEALTHY"}
         if found in WELL:
@@ -151,8 +177,8 @@ def serve(port: int, restarts: int) -> int:
     """Serve until a signal, POST /shutdown or one failure too many; returns the exit status."""
     signals, failures, was_ready = Signals(), 0, False
     while True:
-        with server(port, signals) as process:
-            ended = watch(process, port, signals, was_ready)
+        with server(port, signals) as (process, log):
+            ended = watch(process, log, port, signals, was_ready)
         if not ended.reason:
             return ended.status
         was_ready = True
