@@ -45,15 +45,21 @@ class Server:
 
     It works in `directory`, which gets a link to predict.py and, with `schema`, the schema file.
     `weights` is passed as COG_WEIGHTS (None: predict.py chooses).  `command`: start this instead.
+    `added`: lines at the end of a copy of predict.py, in the link's place.
     """
 
     def __init__(self, directory: Path, weights: str | Path | None, *, schema: bool = True,
-                 upload_url: str | None = None, command: list[str] | None = None):
+                 upload_url: str | None = None, command: list[str] | None = None,
+                 added: str | None = None):
         self.port = free_port()
         self.log_path = directory / "server.log"
         self.temporary = directory / "tmp"
         self.temporary.mkdir(parents=True)
-        (directory / "predict.py").symlink_to(ROOT / "predict.py")
+        if added is None:
+            (directory / "predict.py").symlink_to(ROOT / "predict.py")
+        else:
+            text = (ROOT / "predict.py").read_text(encoding="utf-8")
+            (directory / "predict.py").write_text(f"{text}\n\n{added}\n", encoding="utf-8")
         if schema:
             (directory / ".cog").mkdir()
             text = json.dumps(openapi_schema((ROOT / "predict.py").read_text()))
@@ -164,11 +170,13 @@ class Server:
     def processes(self) -> dict[str, int]:
         """By command line, the ids of all that this process has started, at any depth."""
         lines = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid=,args="], text=True)
-        found, family = {}, {self.process.pid}
-        for pid, parent, command in (line.split(None, 2) for line in lines.splitlines()):
-            if int(parent) in family:  # parents are listed before children
-                family.add(int(pid))
-                found[command] = int(pid)
+        rows = [line.split(None, 2) for line in lines.splitlines()]
+        found, family = {}, [self.process.pid]
+        for member in family:  # grows meanwhile
+            for pid, parent, command in rows:
+                if int(parent) == member:
+                    family.append(int(pid))
+                    found[command] = int(pid)
         return found
 
     def kill(self, named: str) -> None:
@@ -214,7 +222,7 @@ class Sink:
                 handler.send_header("Content-Length", "0")
                 handler.end_headers()
 
-            do_POST = do_PUT = receive
+            do_GET = do_POST = do_PUT = receive
 
             def log_message(handler, *_) -> None:  # noqa: N805
                 pass

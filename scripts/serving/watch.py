@@ -54,7 +54,8 @@ class Signals:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(each, lambda *_: None)
+            if signal.getsignal(each) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(each, lambda *_: None)
 
     def wait(self, seconds: float) -> bool:
         """Wait for so long, or for a signal, which is true."""
