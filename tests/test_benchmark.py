@@ -226,3 +226,19 @@ def test_a_bundle_that_is_none_is_one_sentence(tmp_path, command, capsys):
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
 def test_what_the_server_or_the_machine_lacks_is_named(arguments, words, capsys):
     assert words in refusal(capsys, *arguments)
+
+
+def test_sample_beside_busy_processes(tmp_path, capsys):
+    result = benchmark.main(["sample", "--size", str(micro_bundle(tmp_path)), "--busy", "1",
+                             "--device", "cpu", "--candidates", "2", "--images", "1"])
+    printed = capsys.readouterr()
+    data = json.loads(printed.out.splitlines()[-1])
+    assert result is None and (data["busy"], data["candidates"], data["images"]) == (1, 2, 1)
+    for way in ("plain", "new"):
+        times = data[way]
+        assert times["ratio"] == pytest.approx(times["busy_s"] / times["quiet_s"])
+        assert f"{times['ratio']:.2f} times as long" in printed.err
+    assert data["quiet_ratio"] == pytest.approx(data["new"]["quiet_s"] / data["plain"]["quiet_s"])
+    for wrong in (["--size", "published"], ["--candidates", "0"]):
+        with pytest.raises(SystemExit, match="--busy times a bundle's images on a CPU"):
+            benchmark.main(["sample", "--busy", "1", "--device", "cpu", *wrong])
