@@ -6,19 +6,25 @@ and `predict` has no decorator; `python -m scripts.cog_schema` refuses what Cog 
 """
 # ruff: noqa: B008, UP045
 
+import contextlib
 import inspect
+import os
 import reprlib
 import secrets
 import shutil
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any, Optional, get_args
 
+import clipgen.threads  # noqa: F401  # before torch
+
+# isort: split
 import torch
 from cog import BasePredictor, Input, Path
 
-from clipgen import ClipGen, GeneratedImage, is_out_of_memory
+from clipgen import AllAlike, ClipGen, GeneratedImage, is_out_of_memory
 
 
 class Predictor(BasePredictor):
@@ -26,9 +32,12 @@ class Predictor(BasePredictor):
         """Load `weights` (Cog passes COG_WEIGHTS), else weights/coco if it exists, else emoji."""
         coco, emoji = Path("weights/coco"), Path("weights/emoji")
         bundle = weights or (coco if coco.is_dir() else emoji)
-        print(f"Serving the bundle {bundle}")
+        print(f"Serving the bundle {printable(str(bundle))}")
         self.model = ClipGen.load(str(bundle))
         self.outputs = tempfile.TemporaryDirectory(prefix="clipgen-")
+        # Cog fetches pictures to temporary files, and leaves one whose fetch failed.
+        tempfile.template = f"{self.outputs.name.rpartition('/')[2]}-"
+        self.began = time.time()
 
     def predict(
         self,
@@ -102,12 +111,19 @@ class Predictor(BasePredictor):
             "output_format": output_format, "output_quality": output_quality, "image": image,
             "image_weight": image_weight, "negative_text": negative_text,
             "init_image": init_image, "mask": mask, "keep": keep, "metadata": metadata}
-        given = {name: checked(name, value) for name, value in given.items()}
+        try:
+            return self.draw({name: checked(name, value) for name, value in given.items()})
+        except Exception as error:
+            raise one_line(error) from None
+
+    def draw(self, given: dict[str, Any]) -> list[Path]:
+        """The files of a prediction whose inputs were checked."""
         if given["image"] is None and not given["text"].strip():
             raise ValueError("text must be 1 to 1000 characters and not blank, unless an image is "
                              f"given, got {reprlib.repr(given['text'])}.")
-        empty(Path(self.outputs.name))  # Cog deletes no outputs
-        folder = Path(tempfile.mkdtemp(dir=self.outputs.name))
+        with writing(self.outputs.name):
+            self.clean([given[name] for name in ("image", "init_image", "mask")])
+            folder = Path(tempfile.mkdtemp(dir=self.outputs.name))
 
         if given["candidates"] < given["num_outputs"]:
             given["candidates"] = given["num_outputs"]
@@ -119,34 +135,50 @@ class Predictor(BasePredictor):
         suffix, quality = given.pop("output_format"), given.pop("output_quality")
         metadata = given.pop("metadata")
         start = time.perf_counter()
-        images = self.generate(num_images=given.pop("num_outputs"), progress=Percent(), **given)
+        images, alike = self.generate(num_images=given.pop("num_outputs"), progress=Percent(),
+                                      **given)
         seconds = time.perf_counter() - start
 
         paths = []
         for index, image in enumerate(images):
             print(f"output {index}: seed {image.seed}, score {image.score:.2f}")
             paths.append(folder / f"output_{index}_seed_{image.seed}.{suffix}")
-            image.save(paths[-1], quality, metadata)
-        codes = given["candidates"] * images[0].codes.size
+            with writing(self.outputs.name):
+                image.save(paths[-1], quality, metadata)
+        candidates = 1 if alike else given["candidates"]
+        codes = candidates * images[0].codes.size
         self.record_metric("seeds", [image.seed for image in images])
         self.record_metric("scores", [round(float(image.score), 4) for image in images])
-        self.record_metric("candidates", given["candidates"])
+        self.record_metric("candidates", candidates)
         self.record_metric("codes_per_second", round(codes / seconds, 1))
         return paths
 
-    def generate(self, **inputs: Any) -> list[GeneratedImage]:
-        """`ClipGen.generate` with its warnings in the log and one sentence when memory runs out."""
+    def clean(self, pictures: list[Optional[Path]]) -> None:
+        """Remove what earlier predictions left on the disk, which Cog does not."""
+        empty(Path(self.outputs.name))
+        for path in Path(tempfile.gettempdir()).glob(f"{tempfile.template}*"):
+            if path.is_file() and path not in pictures:
+                path.unlink(missing_ok=True)
+        remove_folders(FOLDERS, self.began)
+        self.began = time.time()
+
+    def generate(self, **inputs: Any) -> tuple[list[GeneratedImage], bool]:
+        """`ClipGen.generate` with its warnings in the log and one sentence when memory runs out.
+
+        Also whether a single image was drawn, as all would have been alike.
+        """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                return self.model.generate(**inputs)
+                images = self.model.generate(**inputs)
+                return images, any(warning.category is AllAlike for warning in caught)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 # Raised below: within this block the error would keep its tensors alive.
             finally:
                 for warning in caught:
-                    print(f"Warning: {warning.message}")
+                    print(f"Warning: {printable(str(warning.message))}")
         torch.cuda.empty_cache()
         candidates = inputs["candidates"]
         raise RuntimeError(f"Out of memory with candidates {candidates}: try a lower number, or "
@@ -170,6 +202,33 @@ class Percent:
               f"{done / seconds:.1f}code/s]", flush=True)
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """`text` on one line: control characters escaped, cut after `most` characters."""
+    words = " ".join(text.split())
+    words = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    return words if len(words) <= most else f"{words[:most]} …"
+
+
+def one_line(error: Exception) -> Exception:
+    """The error that Cog shows as `ValueError: ...` or `RuntimeError: ...`, on one line."""
+    words = printable(str(error)) or "no words"
+    if isinstance(error, ValueError):
+        return ValueError(words)
+    if type(error) is not RuntimeError:
+        words = f"{type(error).__name__}: {words}"
+    return RuntimeError(words)
+
+
+@contextlib.contextmanager
+def writing(folder: str) -> Iterator[None]:
+    """What cannot be written names the folder, which the system does not for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"The images cannot be written to {folder}: {error.strerror or error}. "
+                           "Free space there, or set TMPDIR to a folder that has some.") from None
+
+
 def empty(folder: Path) -> None:
     """Leave an empty folder there, also where it is gone or something else stands in its place."""
     if folder.is_symlink() or folder.is_file():  # a link is removed, not followed
@@ -180,6 +239,40 @@ def empty(folder: Path) -> None:
             shutil.rmtree(previous)
         else:
             previous.unlink()
+
+
+FOLDERS = Path("/tmp/coglet/predictions")  # Cog's, wherever TMPDIR is: three a prediction
+WORKER = b"coglet.server._run_worker"  # in the command line of Cog's workers
+DAY = 24 * 60 * 60
+
+
+def remove_folders(parent: Path, before: float) -> None:
+    """Remove the empty folders of predictions that began before that time, all of them ended.
+
+    Other Cog servers of this machine use the same place: beside one, a day before.  Of an id that a
+    client sends again the folders are old while they are in use, which does no harm: this server
+    has read them by now, and it writes its images elsewhere.
+    """
+    try:
+        folders = [] if parent.is_symlink() else list(parent.iterdir())
+    except OSError:  # not there, or another user's
+        return
+    if folders and other_workers():
+        before -= DAY
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, another user's, gone already
+            if not folder.is_symlink() and folder.stat().st_mtime < before:
+                for path, _, _ in os.walk(folder, topdown=False):
+                    os.rmdir(path)
+
+
+def other_workers() -> bool:
+    """Whether workers of other Cog servers run on this machine, as far as Linux tells."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            if int(path.parent.name) != os.getpid() and WORKER in path.read_bytes():
+                return True
+    return False
 
 
 INPUTS = dict(list(inspect.signature(Predictor.predict).parameters.items())[1:])  # without self

@@ -41,6 +41,10 @@ class NothingToDraw(UserWarning):
     """A mask or `keep` selects no part of init_image to be drawn."""
 
 
+class AllAlike(UserWarning):
+    """The settings draw the same image for every seed."""
+
+
 @dataclass(frozen=True, eq=False)
 class GeneratedImage:
     """One generated image, and the settings that make it again."""
@@ -129,8 +133,9 @@ class ClipGen:
         progress: called after every step with the codes drawn so far and their number.
 
         temperature, top_k, top_p and guidance of None are the bundle's own.  ValueError: a value
-        out of range, or a picture that cannot be read.  Warns with TextTruncated, UnknownWords and
-        NothingToDraw.
+        out of range, or a picture that cannot be read.  Warns with TextTruncated, UnknownWords,
+        NothingToDraw and AllAlike, of which the last means that one image is returned: settings
+        that always take the likeliest code make the same for every seed.
         """
         num_images = whole_number("num_images", num_images, 1)
         candidates = max(whole_number("candidates", candidates, 0), num_images)
@@ -139,6 +144,10 @@ class ClipGen:
         if seed >= SEEDS:
             raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")
         drawn = self._settings(temperature, top_k, top_p, guidance)
+        if candidates > 1 and (cause := always_likeliest(drawn)):
+            warnings.warn(f"{cause} draws the same image for every seed: 1 is drawn instead of "
+                          f"{candidates}", AllAlike, stacklevel=2)
+            num_images = candidates = 1
         recipe = {**drawn, "device": self.clip.device.type, "bundle": self.bundle.fingerprint,
                   "dtype": str(self.dtype).removeprefix("torch."), "version": VERSION}
         wanted = self._condition(text, image, image_weight, recipe)  # (D,)
@@ -281,6 +290,14 @@ class ClipGen:
             warnings.warn(f"this model never saw {', '.join(map(repr, unknown))} in training and "
                           "will guess", UnknownWords, stacklevel=4)
         return self.clip.embed_texts([text])[0]
+
+
+def always_likeliest(settings: dict[str, Any]) -> str | None:
+    """Which of the settings leaves the likeliest code alone, as `temperature 0`; None: none."""
+    for name, value in (("temperature", 0), ("top_k", 1), ("top_p", 0)):
+        if settings[name] == value:
+            return f"{name} {value}"
+    return None
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -45,20 +45,26 @@ class Server:
 
     It works in `directory`, which gets a link to predict.py and, with `schema`, the schema file.
     `weights` is passed as COG_WEIGHTS (None: predict.py chooses).  `command`: start this instead.
+    `added`: lines at the end of a copy of predict.py, in the link's place.
     """
 
     def __init__(self, directory: Path, weights: str | Path | None, *, schema: bool = True,
-                 upload_url: str | None = None, command: list[str] | None = None):
+                 upload_url: str | None = None, command: list[str] | None = None,
+                 added: str | None = None):
         self.port = free_port()
         self.log_path = directory / "server.log"
         self.temporary = directory / "tmp"
         self.temporary.mkdir(parents=True)
-        if command is None:
+        if added is None:
             (directory / "predict.py").symlink_to(ROOT / "predict.py")
-            if schema:
-                (directory / ".cog").mkdir()
-                text = json.dumps(openapi_schema((ROOT / "predict.py").read_text()))
-                (directory / ".cog" / "openapi_schema.json").write_text(text)
+        else:
+            text = (ROOT / "predict.py").read_text(encoding="utf-8")
+            (directory / "predict.py").write_text(f"{text}\n\n{added}\n", encoding="utf-8")
+        if schema:
+            (directory / ".cog").mkdir()
+            text = json.dumps(openapi_schema((ROOT / "predict.py").read_text()))
+            (directory / ".cog" / "openapi_schema.json").write_text(text)
+        if command is None:
             command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
             command += ["--upload-url", upload_url] if upload_url else []
         else:
@@ -161,6 +167,23 @@ class Server:
         wait_for(lambda: self.health()["status"] == "BUSY", 10, "the start of a prediction")
         return thread
 
+    def processes(self) -> dict[str, int]:
+        """By command line, the ids of all that this process has started, at any depth."""
+        lines = subprocess.check_output(["ps", "-A", "-o", "pid=,ppid=,args="], text=True)
+        rows = [line.split(None, 2) for line in lines.splitlines()]
+        found, family = {}, [self.process.pid]
+        for member in family:  # grows meanwhile
+            for pid, parent, command in rows:
+                if int(parent) == member:
+                    family.append(int(pid))
+                    found[command] = int(pid)
+        return found
+
+    def kill(self, named: str) -> None:
+        """Kill outright the one process below that has this in its command line."""
+        (pid,) = (pid for command, pid in self.processes().items() if named in command)
+        os.kill(pid, signal.SIGKILL)
+
     def memory(self) -> int:
         """Resident bytes of the server with its workers."""
         lines = subprocess.check_output(["ps", "-A", "-o", "pgid=,rss="], text=True).splitlines()
@@ -199,7 +222,7 @@ class Sink:
                 handler.send_header("Content-Length", "0")
                 handler.end_headers()
 
-            do_POST = do_PUT = receive
+            do_GET = do_POST = do_PUT = receive
 
             def log_message(handler, *_) -> None:  # noqa: N805
                 pass

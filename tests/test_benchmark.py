@@ -255,3 +255,19 @@ def test_denormals_goes_on_from_a_checkpoint_with_and_without(tmp_path, monkeypa
         result["seconds_as_they_are"] / result["seconds_as_zero"], rel=0.05)
     assert tried == [True, True, False, True, False, True]
     assert {path: path.read_bytes() for path in kept} == kept and kept
+
+
+def test_sample_beside_busy_processes(tmp_path, capsys):
+    result = benchmark.main(["sample", "--size", str(micro_bundle(tmp_path)), "--busy", "1",
+                             "--device", "cpu", "--candidates", "2", "--images", "1"])
+    printed = capsys.readouterr()
+    data = json.loads(printed.out.splitlines()[-1])
+    assert result is None and (data["busy"], data["candidates"], data["images"]) == (1, 2, 1)
+    for way in ("plain", "new"):
+        times = data[way]
+        assert times["ratio"] == pytest.approx(times["busy_s"] / times["quiet_s"])
+        assert f"{times['ratio']:.2f} times as long" in printed.err
+    assert data["quiet_ratio"] == pytest.approx(data["new"]["quiet_s"] / data["plain"]["quiet_s"])
+    for wrong in (["--size", "published"], ["--candidates", "0"]):
+        with pytest.raises(SystemExit, match="--busy times a bundle's images on a CPU"):
+            benchmark.main(["sample", "--busy", "1", "--device", "cpu", *wrong])

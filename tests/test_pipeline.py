@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipgen import ClipGen, TextTruncated, UnknownWords
+from clipgen import AllAlike, ClipGen, TextTruncated, UnknownWords
 from clipgen.bundle import SamplingDefaults
 from tests.marks import NEEDS_INT8
 from tests.micro import micro_bundle
@@ -69,6 +69,19 @@ def test_no_seed_is_a_drawn_seed_and_zero_is_a_seed(model):
 
 def test_few_candidates_are_raised_to_the_number_of_images(model):
     assert len(model.generate(TEXT, num_images=5, candidates=2, seed=0)) == 5
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0}, {"top_k": 1}, {"top_p": 0}])
+def test_of_images_that_are_all_alike_one_is_drawn(model, setting):
+    (name, value), = setting.items()
+    with pytest.warns(AllAlike, match=f"^{name} {value} draws .*: 1 is drawn instead of 8$"):
+        (image,) = model.generate(TEXT, num_images=4, candidates=8, seed=7, **setting)
+    for seed in (7, 8):  # one that was asked for is nothing to speak of
+        with warnings.catch_warnings(action="error"):
+            (same,) = model.generate(TEXT, 1, 1, seed=seed, **setting)
+        assert np.array_equal(image.codes, same.codes)
+    assert image.seed == 7
+    assert len(model.generate(TEXT, 2, 2, seed=7, temperature=0.1)) == 2
 
 
 def test_images_can_be_sampled_from_image_embeddings(model):

@@ -3,9 +3,15 @@
 import base64
 import io
 import json
+import os
 import re
+import resource
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 
@@ -137,10 +143,21 @@ def test_seeds_start_at_0_and_wrap(server):
     assert server.files(text=TEXT, num_outputs=1, candidates=1, seed=0) == [data(url)]
 
 
+def test_the_whole_schema_is_served(server):
+    golden = json.loads((ROOT / "tests" / "openapi_schema.json").read_text())
+    assert server.request("GET", "/openapi.json") == (200, golden)
+
+
 def test_too_few_candidates_are_raised(server):
     response = server.predict(text=TEXT, num_outputs=3, candidates=1)
     assert len(response["output"]) == 3 and response["metrics"]["candidates"] == 3
     assert "candidates raised to 3" in response["logs"]
+
+
+def test_of_images_that_are_all_alike_one_is_made(server):
+    response = server.predict(text=TEXT, temperature=0, seed=9)
+    assert len(response["output"]) == response["metrics"]["candidates"] == 1
+    assert "Warning: temperature 0 draws the same image for every seed" in response["logs"]
 
 
 @pytest.mark.parametrize("suffix", MAGIC)
@@ -262,8 +279,16 @@ def test_a_picture_that_cannot_be_read_is_one_sentence_and_leaves_no_file(server
     response = server.predict(text=TEXT, image=value)
     assert response["status"] == "failed" and words in response["error"]
     assert "\n" not in response["error"]
-    assert wait_for(lambda: server.health()["status"] == "READY", 10, "READY")
-    assert not list(server.temporary.glob("tmp*file*"))
+    server.files(text=TEXT, num_outputs=1, candidates=1)  # removes what Cog's fetching left
+    assert not [path for path in server.temporary.iterdir() if path.is_file()]
+
+
+def test_a_name_with_control_characters_is_printed_safely(server):
+    with Sink() as sink:
+        url = f"{sink.url}a%0Ab%1B%5B2J{'c' * 300}.png"
+        response = server.predict(text=TEXT, image=url)
+    assert response["status"] == "failed" and "empty" in response["error"]
+    assert response["error"].isprintable() and len(response["error"]) < 500
 
 
 def test_null_is_refused_with_the_schema_and_omitted_without(server, unchecked):
@@ -433,6 +458,53 @@ def test_sigterm_ends_the_prediction_then_the_server(tmp_path, slow_bundle):
     assert not list(server.temporary.glob("clipgen-*"))
 
 
+# Workers that die: scripts/serving/watch.py
+
+WATCH = [sys.executable, "-m", "scripts.serving.watch", "--restarts", "1"]
+WORKER, COG = "coglet.server._run_worker", "cog.server.http"
+
+
+def gone(server):
+    """Whether nothing listens at the server's port."""
+    try:
+        server.request("GET", "/health-check")
+    except OSError:
+        return True
+
+
+def test_a_killed_worker_is_replaced_and_the_second_time_given_up(tmp_path, bundle):
+    request = {"text": TEXT, "num_outputs": 1, "candidates": 2, "seed": 6}
+    with Server(tmp_path, bundle, command=WATCH) as server:
+        before = server.ready().files(**request)
+        server.kill(WORKER)
+        wait_for(lambda: "restart 1 of 1 in 1 s" in server.log_path.read_text(), 60, "a restart")
+        assert server.ready().files(**request) == before
+        assert len(list(server.temporary.iterdir())) == 1  # that of the first is gone
+
+        server.kill(COG)  # the server itself is watched as well
+        assert server.process.wait(60) == 1
+        last = server.log_path.read_text().splitlines()[-1]
+        assert re.fullmatch("clipgen: Cog's server ended with status -9 after 1 restarts: .*", last)
+    assert gone(server) and not list(server.temporary.iterdir())
+
+
+def test_signals_end_the_watched_server_after_its_prediction(tmp_path, slow_bundle):
+    with Server(tmp_path, slow_bundle, command=WATCH) as server:
+        running = server.ready().start("last", text=TEXT, candidates=8)
+        server.process.send_signal(signal.SIGINT)
+        running.join()
+        assert running.response["status"] == "succeeded"
+        assert server.process.wait(60) == 0
+    assert gone(server) and not list(server.temporary.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of it")
+def test_nothing_is_left_when_the_watcher_is_killed(tmp_path, bundle):
+    with Server(tmp_path, bundle, command=WATCH) as server:
+        server.ready().process.kill()
+        wait_for(lambda: gone(server), 60, "the end of Cog's server")
+
+
 # Setup and the long run
 
 
@@ -458,6 +530,20 @@ def test_a_failing_setup_says_which_file_and_what_to_do(tmp_path, bundle):
     finally:
         for server in servers:
             server.stop()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_folders_of_cog_do_not_add_up(tmp_path, bundle, count):
+    """Also beside other servers of this machine, of which it is not told here."""
+    alone, name = "def other_workers():\n    return False", tmp_path.name
+    with Server(tmp_path, bundle, added=alone) as server:
+        server.ready()
+        for index in range(count):
+            body = {"id": f"{name}-{index}", "input": {"text": TEXT, "num_outputs": 1,
+                                                       "candidates": 1}}
+            assert server.post(body)[1]["status"] == "succeeded"
+    assert len(list(predict.FOLDERS.glob(f"{name}-*"))) in (1, 2)
+    predict.remove_folders(predict.FOLDERS, time.time())
 
 
 def test_memory_and_disk_stay_level(server):
@@ -510,6 +596,7 @@ def test_which_bundle_is_served(tmp_path, monkeypatch, capsys):
     served = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(predict.ClipGen, "load", served.append)
+    monkeypatch.setattr(tempfile, "template", tempfile.template)  # setup changes it
     predict.Predictor().setup()
     (tmp_path / "weights" / "coco").mkdir(parents=True)
     predict.Predictor().setup(None)
@@ -558,3 +645,67 @@ def test_the_folder_of_outputs_is_made_anew(stands, tmp_path):
     predict.empty(folder)
     assert folder.is_dir() and not folder.is_symlink() and not list(folder.iterdir())
     assert (other / "kept").read_text() == "somebody's"
+
+
+def folders(parent, age, *inside):
+    """Folders as Cog makes them for a prediction of that age in seconds, in `parent`."""
+    for path in (parent / "outputs", parent / "inputs", *(parent / name for name in inside)):
+        path.mkdir(parents=True)
+    os.utime(parent, times=(0, time.time() - age))
+    return parent
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_only_empty_folders_of_ended_predictions_are_removed(beside, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "other_workers", lambda: beside)
+    place, other = tmp_path / "predictions", tmp_path / "other"
+    old, current = folders(place / "old", 100), folders(place / "current", 0)
+    full, nested = folders(place / "full", 2e5), folders(place / "nested", 2e5, "a/outputs")
+    elsewhere = folders(other / "old", 2e5)
+    (full / "outputs" / "kept").write_text("somebody's")
+    os.utime(full, times=(0, 0))
+    (place / "link").symlink_to(elsewhere)
+    predict.remove_folders(place, time.time() - 50)
+    assert old.exists() == beside and not nested.exists()
+    assert (full / "outputs" / "kept").exists()
+    assert len(list(current.iterdir())) == len(list(elsewhere.iterdir())) == 2
+
+    (tmp_path / "linked").symlink_to(other)
+    for path in ("linked", "missing"):
+        predict.remove_folders(tmp_path / path, time.time())
+    assert len(list(elsewhere.iterdir())) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists processes as files")
+def test_workers_of_other_servers_are_seen(monkeypatch):
+    name = f"worker-{time.time_ns()}"
+    monkeypatch.setattr(predict, "WORKER", name.encode())
+    assert not predict.other_workers()
+    with subprocess.Popen([sys.executable, "-c", "input()", name], stdin=subprocess.PIPE):
+        wait_for(predict.other_workers, 10, "the other worker")
+    assert not predict.other_workers()
+
+
+@pytest.mark.parametrize(("error", "shown"), [
+    (ValueError("a\nb \x1b[2J\u202e c"), r"ValueError: a b \x1b[2J\u202e c"),
+    (RuntimeError("x" * 5000), f"RuntimeError: {'x' * 1000} …"),
+    (KeyError("a"), "RuntimeError: KeyError: 'a'"), (AssertionError(), None),
+    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), None)])
+def test_any_error_is_one_line(error, shown):
+    found = predict.one_line(error)
+    text = f"{type(found).__name__}: {found}"
+    assert text.isprintable() and len(text) < 1100
+    assert shown in (None, text)
+
+
+def test_a_disk_that_takes_no_more_names_the_folder(tmp_path):
+    """A limit on the size of files stands in for a full disk: the same error of the system's."""
+    image = ClipGen.load(micro_bundle(tmp_path / "micro")).generate("a", 1, 1, seed=0)[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(RuntimeError, match=f"{tmp_path}: File too large. Free space there"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+            with predict.writing(str(tmp_path)):
+                image.save(tmp_path / "a.png")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)

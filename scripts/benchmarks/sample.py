@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark sample --weights weights/emoji
     python -m scripts.benchmark sample --size published --rows 1,16 --baseline uncached,transformers
+    python -m scripts.benchmark sample --busy 2
 
 clipgen       the step of `clipgen.sampling`; rows that pad a block cost time and count not
 uncached      the public algorithm: at every step a full pass over all that is there so far, with
@@ -19,6 +20,9 @@ share is that of a large copy (read and write) of the same run.  The peak of mem
 allocator's on CUDA, the weights of ways measured earlier included, and the whole process's until
 then on a CPU.  With --candidates the parts from a text to image files are timed too, with the
 bundle's own settings.
+
+With --busy, on a CPU, that many busy processes are put beside a whole `generate`, in the rest's
+place: benchmarks/busy.py.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from clipgen.gpt import GPT, GPTConfig
 from clipgen.pipeline import to_image
 from clipgen.sampling import ROWS, RowBlock, Sampler, Settings, draw, filter_logits, uniforms
 from clipgen.vqgan import VQGAN, VQGANConfig
+from scripts.benchmarks import busy
 from scripts.benchmarks.device import settle
 from scripts.training.cli import positive, whole
 from scripts.training.trainer import memory_gb
@@ -207,6 +212,8 @@ def time_parts(model: ClipGen, candidates: int, images: int) -> dict[str, float]
 
 @torch.inference_mode()
 def measure(a: argparse.Namespace) -> dict[str, Any]:
+    if a.busy:
+        return busy.measure(a, TEXT)
     torch.manual_seed(0)
     device = torch.device(a.device)
     int8 = a.dtype == "int8"  # ours alone: the baselines are float32 then
@@ -270,6 +277,8 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(r: dict[str, Any]) -> str:
+    if "busy" in r:
+        return busy.table(r)
     where = r["device"] if r["device"] != "cpu" else f"cpu, {r['threads']} threads"
     lines = [f"{r['size']} on {where}, {r['dtype']}; a large copy: {r['copy_gb_per_s']:.1f} GB/s",
              f"{'':13}{'rows':>5}{'ms/step':>10}{'images/s':>10}{'GB/s':>8}{'share':>7}"
@@ -317,8 +326,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--candidates", type=whole, help="time all parts with so many, 0 for none (default: 64 on "
         "CUDA, 16 on a CPU, none for published on a CPU)")
     add("--images", type=positive, help="of them, saved (default: 8 on CUDA, 4 on a CPU)")
+    add("--busy", type=whole, default=0, help="time whole images alone and beside so many busy "
+        "processes, on a CPU (0)")
     a = p.parse_args(arguments)
     on_cuda = settle(a)
+    if a.busy and (on_cuda or a.size == "published" or a.candidates == 0):
+        raise ValueError("--busy times a bundle's images on a CPU: give --device cpu, a bundle "
+                         "with --weights, and --candidates from 1")
     a.dtype = a.dtype or str(default_dtype(torch.device(a.device))).removeprefix("torch.")
     a.steps = a.steps or (10**9 if on_cuda else 16)
     a.images = a.images or (8 if on_cuda else 4)

@@ -127,7 +127,7 @@ def reference(name: str) -> dict:
 
 
 def openapi_schema(source: str) -> dict:
-    """The schema of the class Predictor in `source`, the text of predict.py.
+    """The whole schema of the class Predictor in `source`, the text of predict.py, as Cog has it.
 
     Raises ValueError, with the line, for what Cog would refuse, drop or read differently.
     """
@@ -141,34 +141,77 @@ def openapi_schema(source: str) -> dict:
         raise refuse(predict, "the output cannot be optional")
     inputs, choices = input_schema(predict, source)
 
-    def content(name: str) -> dict:
-        return {"content": {"application/json": {"schema": reference(name)}}}
-
-    post = {
-        "summary": "Predict",
-        "description": "Run a single prediction on the model",
-        "operationId": "predict_predictions_post",
-        "requestBody": content("PredictionRequest"),
-        "responses": {
-            "200": {"description": "Successful Response", **content("PredictionResponse")}
-        },
-    }
-    request = {"id": {"title": "Id", "type": "string"}, "input": reference("Input")}
-    response = {"input": reference("Input"), "output": reference("Output")}
-    schemas = {
-        "Input": inputs,
-        "Output": {**output, "title": "Output"},
-        **choices,
-        "PredictionRequest": {
-            "title": "PredictionRequest", "type": "object", "properties": request
-        },
-        "PredictionResponse": {
-            "title": "PredictionResponse", "type": "object", "properties": response
-        },
-    }
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": "0.23.1"},
-        "paths": {"/predictions": {"post": post}},
-        "components": {"schemas": schemas},
+        "paths": paths(),
+        "components": {"schemas": {
+            "Input": inputs, "Output": {**output, "title": "Output"}, **choices, **exchanged()}},
+    }
+
+
+def answer(schema: dict, description: str = "Successful Response") -> dict:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def paths() -> dict:
+    """Where the server listens, as Cog's build describes it."""
+    done, refused = answer({}), answer(reference("HTTPValidationError"), "Validation Error")
+    predict = {
+        "summary": "Predict",
+        "description": "Run a single prediction on the model",
+        "operationId": "predict_predictions_post",
+        "requestBody": {"content": {"application/json": {
+            "schema": reference("PredictionRequest")}}},
+        "responses": {"200": answer(reference("PredictionResponse")), "422": refused},
+    }
+    cancel = {
+        "summary": "Cancel",
+        "operationId": "cancel_predictions__prediction_id__cancel_post",
+        "parameters": [{"required": True, "schema": {"title": "Prediction Id", "type": "string"},
+                        "name": "prediction_id", "in": "path"}],
+        "responses": {"200": done, "422": refused},
+    }
+    return {
+        "/": {"get": {
+            "summary": "Root", "operationId": "root__get", "responses": {"200": done}}},
+        "/health-check": {"get": {
+            "summary": "Healthcheck", "operationId": "healthcheck_health_check_get",
+            "responses": {"200": done}}},
+        "/predictions": {"post": predict},
+        "/predictions/{prediction_id}/cancel": {"post": cancel},
+    }
+
+
+def exchanged() -> dict:
+    """What goes there and back around inputs and output, as Cog's build describes it."""
+
+    def thing(title: str, properties: dict, **more: object) -> dict:
+        return {"title": title, "type": "object", "properties": properties, **more}
+
+    def field(title: str, kind: str = "string", **more: object) -> dict:
+        return {"title": title, "type": kind, **more}
+
+    response = {
+        "input": reference("Input"), "output": reference("Output"), "id": field("Id"),
+        "version": field("Version"),
+        "created_at": field("Created At", format="date-time"),
+        "started_at": field("Started At", format="date-time"),
+        "completed_at": field("Completed At", format="date-time"),
+        "status": field("Status"), "error": field("Error"), "logs": field("Logs"),
+        "metrics": field("Metrics", "object"),
+    }
+    location = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+    return {
+        "PredictionRequest": thing("PredictionRequest",
+                                   {"id": field("Id"), "input": reference("Input")}),
+        "PredictionResponse": thing("PredictionResponse", response),
+        "Status": {
+            "title": "Status", "description": "An enumeration.", "type": "string",
+            "enum": ["starting", "processing", "succeeded", "canceled", "failed"]},
+        "HTTPValidationError": thing("HTTPValidationError", {
+            "detail": field("Detail", "array", items=reference("ValidationError"))}),
+        "ValidationError": thing("ValidationError", {
+            "loc": field("Location", "array", items=location), "msg": field("Message"),
+            "type": field("Error Type")}, required=["loc", "msg", "type"]),
     }
