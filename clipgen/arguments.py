@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         name = re.match(r"[\W_]*(\w*(?:[-_][^\W\d]+)*)", given)[1].replace("_", "-").lower()
         if name in self.instead:
             self.error(f"{given!r} is no flag: {self.instead[name]}")
-        meant = " or ".join(f"--{flag}" for flag in self.meant(name))
+        *others, last = [f"--{flag}" for flag in self.meant(name)] or [""]
+        meant = f"{', '.join(others)} or {last}" if others else last
         self.error(f"{given!r} is no flag" + (f": did you mean {meant}?" if meant else ""))
 
     def meant(self, name: str) -> list[str]:

@@ -43,7 +43,7 @@ RECIPE = ("text", "texts", "num", "candidates", "seed", "temperature", "top_k", 
 DEFAULTS = {"num": 4, "candidates": 16, "image_weight": 0.5}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> Parser:
     quoted = "put the text in quotes, without a flag before it"
     parser = Parser(
         prog="clipgen",
@@ -99,7 +99,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=number(float, 0, 1), help="the share of --init's rows that stays, from the "
         "top")
     add("--version", action="version", version=f"clipgen {VERSION}")
+    return parser
 
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     given = sys.argv[1:] if arguments is None else arguments
     end = given.index("--") if "--" in given else len(given)  # what is behind it is all text
     args, unknown = parser.parse_known_intermixed_args(given[:end])
@@ -143,7 +147,7 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
         check(args.text, blank=args.image is not None)
         check([args.negative or ""], blank=True)
     except ValueError as error:
-        parser.error(str(error))
+        stop(error, status=2)
     for name, value in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -336,6 +340,7 @@ def leave(*_: object) -> NoReturn:
 def run() -> None:
     """The command as a process."""
     signal.signal(signal.SIGINT, leave)
+    sys.stdout.reconfigure(errors="surrogateescape")  # folders may have names that are no text
     try:
         main()
     except KeyboardInterrupt:

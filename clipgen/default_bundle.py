@@ -14,7 +14,7 @@ def default_bundle() -> Path:
     """The folder of the default bundle; ValueError, in one sentence, where there is none."""
     for folder in FOLDERS:
         for name in NAMES:
-            if (folder / name / "config.json").is_file():
+            if (folder / name).is_dir():
                 return folder / name
     raise ValueError(f"there is no default bundle in {' or '.join(map(str, FOLDERS))}: name the "
                      "folder of one, such as weights/emoji of the project's repository")

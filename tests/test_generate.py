@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
 
@@ -24,6 +26,7 @@ from clipgen.bundle import SamplingDefaults
 from clipgen.folder import Folder, free_name, named_by
 from clipgen.progress import Progress
 from clipgen.recipe import save_image
+from clipgen.sheet import sheet
 from tests.marks import NEEDS_INT8
 from tests.micro import micro_bundle
 
@@ -446,11 +449,11 @@ def test_again_wants_the_pictures_that_it_was_made_of(generate):
     assert status == 2 and "--image contradicts --again" in errors
 
 
-def test_again_says_what_is_another_here(generate, tmp_path, monkeypatch):
+def test_again_says_what_is_another_here(generate, tmp_path):
     other = micro_bundle(tmp_path / "other", seed=5, null_embedding=True)
     assert generate("--num", "1", "--seed", "4")[0] == 0
     (name, content), = files().items()
-    again = ("--again", f"out/{name}", "--num-metadata")[:2]
+    again = ("--again", f"out/{name}")
     status, _, errors = generate(*again, "--weights", str(other), text=None)
     own, here = (read_recipe(path)["bundle"] for path in sorted(Path("out").iterdir())[::-1])
     assert status == 0 and errors.count("\n") == 1
@@ -525,6 +528,12 @@ def test_a_grid_holds_every_image_of_the_call_and_replaces_none(generate):
     assert generate("--grid", "--again", first, text=None)[1].endswith("out/grid-3.png  1 images\n")
 
 
+@given(st.lists(st.text(st.characters(), max_size=300), min_size=1, max_size=3))
+def test_a_sheet_takes_every_text(labels):
+    page = sheet([(label, Image.new("RGB", (8, 8))) for label in labels])
+    assert page.width == len(labels) * (128 + 8) + 8 and page.height < 128 + 8 + 5 * 20
+
+
 def test_a_grid_too_large_is_refused(generate):
     status, _, errors = generate("--grid", "--num", "300", "a dog")
     assert status == 2 and "--grid of 600 images is too large, it holds 500" in errors
@@ -595,8 +604,40 @@ def test_a_terminal_sees_loading_progress_and_then_the_lines_alone(generate, mon
 # Flags
 
 
+def test_every_flag_is_documented():
+    document = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    for flag in command.make_parser().flags():
+        assert f"`--{flag}" in document, flag
+
+
+WORDS = [f"--{flag}" for flag in sorted(command.make_parser().flags())] + [
+    "-", "--", "-n", "--num=3", "4", "0.5", "", " ", "a", "a cat", "x.png", "-h5", "\u2014num",
+    "cpu", "float32", "png", "--=", "---", "-\u00e9", "--a cat", "=", "-1"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs", "Cc"]),
+                                                 max_size=4), max_size=5))
+def test_whatever_is_typed_gets_one_sentence(words):
+    def load(*_):
+        raise ValueError("loading")
+
+    with (pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as errors,
+          redirect_stdout(io.StringIO()) as output, tempfile.TemporaryDirectory() as folder):
+        patch.setattr(command, "load", load)
+        patch.chdir(folder)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a dog")))
+        with pytest.raises(SystemExit) as stopped:
+            command.main(words)
+    if stopped.value.code == 0:  # --help or --version
+        assert output.getvalue() and not errors.getvalue()
+    else:
+        assert stopped.value.code == 2 and not output.getvalue()
+        assert re.fullmatch(r"clipgen: [^\n]+\n", errors.getvalue())
+
+
 @pytest.mark.parametrize("arguments, meant", [
-    (("-n", "3"), "--negative or --no-metadata or --num?"), (("-num", "3"), "--num?"),
+    (("-n", "3"), "--negative, --no-metadata or --num?"), (("-num", "3"), "--num?"),
     (("-s", "3"), "--seed?"), (("--nun=3",), "--num?"), (("--top_k", "3"), "--top-k?"),
     (("--SEED", "3"), "--seed?"), (("---out", "x"), "--out?"), (("-o", "x"), "--out?"),
     (("--number", "3"), "--num?"), (("--guidance-scale", "3"), "--guidance?"), (("-g3",), "--grid"),
@@ -665,7 +706,6 @@ def test_weights_coco_comes_before_weights_emoji(monkeypatch, tmp_path, capsys):
     assert "no default bundle" in errors and "package or" in errors
     for found in ("checkout/emoji", "checkout/coco", "package/emoji", "package/coco"):
         (tmp_path / found).mkdir(parents=True)
-        (tmp_path / found / "config.json").touch()
         assert default_bundle.default_bundle() == tmp_path / found
 
 
@@ -739,6 +779,13 @@ def test_a_reader_that_goes_away_ends_it_quietly(stubbed):
     _, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (141, "")
     assert set(files(stubbed / "elsewhere" / "out")) == {"a-cat-seed-7.png"}
+
+
+def test_folders_whose_names_are_no_text_are_taken(stubbed):
+    process = subprocess.run([stubbed / "scripts" / "generate", "--weights", "w", "--out",
+                              b"\xff", "a cat"], cwd=stubbed / "elsewhere", capture_output=True,
+                             timeout=600)
+    assert process.stdout == b"\xff/a-cat-seed-7.png  seed 7  score 0.500\n", process.stderr
 
 
 def test_texts_come_through_a_pipe_and_nothing_but_lines_goes_out(stubbed):
