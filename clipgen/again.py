@@ -26,8 +26,8 @@ class Again:
             if name not in self.recipe:
                 raise ValueError(f"{path} does not say its {name}, so it cannot be made again: "
                                  "give an image as clipgen wrote it")
-        for name in ("text", "device", "dtype"):
-            if not isinstance(self.recipe[name], str):
+        for name in ("text", "device", "dtype", "negative_text"):
+            if not isinstance(self.recipe.get(name, ""), str):
                 raise ValueError(f"{path} says {self.recipe[name]!r:.60} for {name}, which is no "
                                  "text: give an image as clipgen wrote it")
         if self.recipe["dtype"] not in DTYPES:

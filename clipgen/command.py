@@ -145,7 +145,7 @@ def _complete(parser: Parser, args: argparse.Namespace) -> None:
     try:
         args.text = gather(args.text, args.texts, source)
         check(args.text, blank=args.image is not None)
-        check([args.negative or ""], blank=True)
+        check([args.negative or ""], blank=True, name="negative text")
     except ValueError as error:
         stop(error, status=2)
     for name, value in DEFAULTS.items():
@@ -188,7 +188,7 @@ def warn_of(model: ClipGen, texts: list[str], negative: str | None) -> None:
     """Say what the model makes nothing of, of all texts before anything is drawn."""
     asked = [("" if len(texts) == 1 else f"text {i} of {len(texts)}: ", text)
              for i, text in enumerate(texts, 1)]
-    for which, text in [*asked, ("--negative: ", negative or "")]:
+    for which, text in [*asked, ("negative text: ", negative or "")]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model.warn_of(text)

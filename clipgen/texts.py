@@ -59,13 +59,13 @@ def gather(arguments: list[str], files: list[str], stdin: BinaryIO | None) -> li
     return texts
 
 
-def check(texts: list[str], blank: bool = False) -> None:
+def check(texts: list[str], blank: bool = False, name: str = "text") -> None:
     """ValueError, in one sentence, for the first text that is too long or blank.
 
-    blank: whether a text may be.
+    blank: whether a text may be.  name: what the error calls a text.
     """
     for number, text in enumerate(texts, 1):
-        which = f"text {number} of {len(texts)}" if len(texts) > 1 else "the text"
+        which = f"{name} {number} of {len(texts)}" if len(texts) > 1 else f"the {name}"
         if not text.strip() and not blank:
             raise ValueError(f"{which} is blank: say what the images should show, or give --image")
         if len(text) > MOST_CHARACTERS:

@@ -354,7 +354,7 @@ def test_a_file_of_texts_that_cannot_be_is_one_sentence(generate, data, named):
     (("a dog", ""), "text 2 of 3 is blank"), (("--texts", "-", "-"), "'-' is given twice"),
     (("a", "red"), "'a' would be a text of its own: put the whole text in quotes"),
     (("x" * 1001,), "text 1 of 2 has 1,001 characters"),
-    (("--negative", "x" * 1001, "--guidance", "3"), "1,001 characters")])
+    (("--negative", "x" * 1001, "--guidance", "3"), "the negative text has 1,001 characters")])
 def test_texts_that_cannot_be_are_refused_before_anything_is_loaded(generate, arguments, named,
                                                                    monkeypatch):
     monkeypatch.setattr(ClipGen, "load", None)
@@ -363,6 +363,7 @@ def test_texts_that_cannot_be_are_refused_before_anything_is_loaded(generate, ar
     assert (status, output) == (2, "") and named in errors and errors.count("\n") == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"),
                         max_size=20), max_size=9), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_a_file_of_texts_is_its_lines(lines, end):
@@ -486,6 +487,7 @@ def test_what_contradicts_again_is_refused_by_name(generate, arguments):
     ({"text": 5}, "x.png says 5 for text"), ({"dtype": "int4"}, "x.png says 'int4' for dtype"),
     ({"seed": -1}, "seed must be a whole number"), ({"device": []}, "x.png says [] for device"),
     ({"guidance": None, "temperature": "hot"}, "temperature must be a number"),
+    ({"negative_text": 5}, "x.png says 5 for negative_text"),
     ({"text": " "}, "text must say something"), ({"keep": 0.5}, "keep says what stays")])
 def test_a_recipe_that_cannot_be_is_one_sentence(generate, change, named):
     recipe = {"text": "a", "seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
@@ -528,6 +530,7 @@ def test_a_grid_holds_every_image_of_the_call_and_replaces_none(generate):
     assert generate("--grid", "--again", first, text=None)[1].endswith("out/grid-3.png  1 images\n")
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(), max_size=300), min_size=1, max_size=3))
 def test_a_sheet_takes_every_text(labels):
     page = sheet([(label, Image.new("RGB", (8, 8))) for label in labels])
@@ -557,6 +560,7 @@ class Terminal(io.StringIO):
         return lines
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 3), min_size=1, max_size=40))
 def test_progress_is_for_what_takes_long_and_goes_away(seconds):
     now, terminal = [0.0], Terminal()
@@ -615,7 +619,7 @@ WORDS = [f"--{flag}" for flag in sorted(command.make_parser().flags())] + [
     "cpu", "float32", "png", "--=", "---", "-\u00e9", "--a cat", "=", "-1"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs", "Cc"]),
                                                  max_size=4), max_size=5))
 def test_whatever_is_typed_gets_one_sentence(words):
