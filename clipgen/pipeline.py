@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clipgen.bundle import Bundle, load_bundle
 from clipgen.canvas import Canvas, lower_rows, make_canvas
+from clipgen.default_bundle import default_bundle
 from clipgen.device import default_dtype, find_device
 from clipgen.images import Picture, centre_square, read_picture
 from clipgen.recipe import VERSION, save_image
@@ -84,14 +85,18 @@ class ClipGen:
             self.clip.embed_pixels(self.decode(torch.zeros(1, *self.vqgan.code_grid).long()))
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device | None = None,
+    def load(cls, directory: str | Path | None = None, device: str | torch.device | None = None,
              dtype: torch.dtype | None = None) -> ClipGen:
         """Load a bundle.  device None: CUDA if there is one, else CPU; dtype is that of the GPT.
+
+        directory None: weights/coco of this checkout if it is there, else weights/emoji, which the
+        installed package brings along.
 
         torch.int8, for large GPTs on a CPU, rounds weights to 8 bits: faster, a little less exact.
         BundleError (a ValueError) says which file is wrong and what to do; ValueError: a device or
         dtype that cannot be had here.
         """
+        directory = default_bundle() if directory is None else directory
         device = find_device(device)
         if dtype not in (None, *DTYPES):
             raise ValueError("dtype must be torch.float32, bfloat16, float16 or int8, "
@@ -164,6 +169,15 @@ class ClipGen:
         best = sorted(range(candidates), key=lambda i: -scores[i])[:num_images]
         return [GeneratedImage(to_image(pixels[i]), seeds[i], scores[i], codes[i].cpu().numpy(),
                                {"text": text or "", "seed": seeds[i]} | recipe) for i in best]
+
+    def warn_of(self, text: str, stacklevel: int = 2) -> None:
+        """Warn with TextTruncated and UnknownWords, as `generate` does, and draw nothing."""
+        if self.clip.truncated(text):
+            warnings.warn(f"the text is longer than CLIP's {self.clip.context_length} tokens; its "
+                          "end was cut off", TextTruncated, stacklevel=stacklevel)
+        if unknown := self.clip.unknown_words(text):
+            warnings.warn(f"this model never saw {', '.join(map(repr, unknown))} in training and "
+                          "will guess", UnknownWords, stacklevel=stacklevel)
 
     def sample(self, embeddings: Tensor, seeds: Sequence[int], temperature: float | None = None,
                top_k: int | None = None, top_p: float | None = None, guidance: float | None = None,
@@ -283,12 +297,7 @@ class ClipGen:
 
     def _embed_text(self, text: str) -> Tensor:
         """The embedding (D,) of a text; warns of what CLIP makes nothing of."""
-        if self.clip.truncated(text):
-            warnings.warn(f"the text is longer than CLIP's {self.clip.context_length} tokens; its "
-                          "end was cut off", TextTruncated, stacklevel=4)
-        if unknown := self.clip.unknown_words(text):
-            warnings.warn(f"this model never saw {', '.join(map(repr, unknown))} in training and "
-                          "will guess", UnknownWords, stacklevel=4)
+        self.warn_of(text, stacklevel=5)  # of who called `generate`
         return self.clip.embed_texts([text])[0]
 
 

@@ -19,8 +19,12 @@ SOURCES = [*CLIPGEN, *SCRIPTS, ROOT / "predict.py"]
 # Arrows within clipgen/. `bundle` makes the modules of the parts, so it knows the parts.
 ARROWS = {
     "__init__": {"device", "pipeline", "recipe"},
+    "__main__": {"command"},
+    "command": {"again", "arguments", "default_bundle", "device", "folder", "pipeline", "progress",
+                "recipe", "sheet", "texts", "threads"},
+    "again": {"recipe"},
     "pipeline": {"clip", "sampling", "gpt", "vqgan", "bundle", "device", "images", "canvas",
-                 "recipe"},
+                 "recipe", "default_bundle"},
     "canvas": {"sampling"},
     "bundle": {"clip", "gpt", "vqgan"},
     "sampling": {"gpt", "packed"},
@@ -33,12 +37,19 @@ ARROWS = {
     "profiles": set(),
     "recipe": set(),
     "threads": set(),
+    "arguments": set(),
+    "default_bundle": set(),
+    "folder": set(),
+    "progress": set(),
+    "sheet": set(),
+    "texts": set(),
     "gpt": set(),
     "vqgan": set(),
 }
 # What each file may import beside torch, numpy and the standard library.
 PACKAGES = {"bundle": {"safetensors"}, "clip": {"open_clip"}, "images": {"PIL"}, "depths": {"PIL"},
-            "profiles": {"PIL"}, "recipe": {"PIL"}, "pipeline": {"PIL"}}
+            "profiles": {"PIL"}, "recipe": {"PIL"}, "pipeline": {"PIL"}, "sheet": {"PIL"}}
+COMMAND = ROOT / "clipgen" / "command.py"  # of the installed package: it alone speaks and exits
 
 
 def imports(path: Path) -> set[str]:
@@ -157,10 +168,11 @@ def test_cog_is_imported_by_predict_alone():
     assert [path.name for path in SOURCES if "cog" in roots(path)] == ["predict.py"]
 
 
-@pytest.mark.parametrize("path", CLIPGEN, ids=by_name)
-def test_clipgen_prints_nothing(path):
+@pytest.mark.parametrize("path", [path for path in CLIPGEN if path != COMMAND], ids=by_name)
+def test_clipgen_prints_nothing_and_exits_nowhere(path):
     names = [call.func.id for call in calls(path) if isinstance(call.func, ast.Name)]
-    assert "print" not in names
+    assert not {"print", "exit", "SystemExit"} & {*names}
+    assert not {"sys.exit", "os._exit"} & {ast.unparse(call.func) for call in calls(path)}
     assert not {"sys.stdout", "sys.stderr"} & imports(path)
 
 
@@ -181,7 +193,8 @@ def test_nothing_disables_separate_weights():
 
 
 # `import clipgen` in a process where every import it needs is done already, so that all it does
-# is its own: Python tells a hook of each file opened, socket made and process started.
+# is its own: Python tells a hook of each file opened, socket made and process started.  The public
+# names are loaded at their first use.
 PROBE = """
 import gc, logging, os, random, signal, sys, threading, warnings
 import numpy, torch, PIL.Image, safetensors.torch
@@ -229,7 +242,7 @@ def hook(event, arguments):
 
 before = state()
 sys.addaudithook(hook)
-import clipgen
+from clipgen import *
 after = state()
 print(seen or "nothing")
 print([name for name in before if before[name] != after[name]] or "nothing")
@@ -237,6 +250,13 @@ print(torch.cuda.is_initialized())
 print(sorted({"open_clip", "torchvision", "timm", "huggingface_hub", "cog", "scripts"}
              & sys.modules.keys()) or "nothing")
 """
+
+
+def test_the_command_and_its_arguments_need_no_torch():
+    code = "import clipgen.command, sys; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+                             capture_output=True, timeout=300)
+    assert process.stdout == "[]\n", process.stderr
 
 
 def test_import_clipgen_touches_nothing():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from clipgen import ClipGen, UnknownWords
+from clipgen.sheet import sheet, wrap
 from scripts import evaluate
 from scripts.data.presets import open_images
 from scripts.emoji import evaluate as emoji_evaluate
@@ -15,7 +16,6 @@ from scripts.emoji import judge, scenes, world
 from scripts.emoji import prompts as world_prompts
 from scripts.emoji.judge import load_judge
 from scripts.evaluation import features, prompts, scores
-from scripts.evaluation.figures import sheet, wrap
 from tests.micro import micro_bundle
 from tests.sprites import drawn_scenes, drawn_sprites
 from tests.test_readme import ROOT

@@ -1,24 +1,32 @@
-"""scripts/generate on micro weights: files, lines, flags, and one sentence for each bad value."""
+"""The command on micro weights: files, lines, flags, and one sentence for each bad value."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageStat
 
-from clipgen import read_recipe
+from clipgen import ClipGen, command, default_bundle, read_recipe, texts
 from clipgen.bundle import SamplingDefaults
-from scripts import generate_images
+from clipgen.folder import Folder, free_name, named_by
+from clipgen.progress import Progress
+from clipgen.recipe import save_image
+from clipgen.sheet import sheet
 from tests.marks import NEEDS_INT8
 from tests.micro import micro_bundle
 
@@ -37,9 +45,10 @@ def generate(weights, tmp_path, monkeypatch, capsys):
     """Runs the command in an empty folder; gives its exit status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, text: str = TEXT) -> tuple[int, str, str]:
+    def run(*arguments: str, text: str | None = TEXT) -> tuple[int, str, str]:
+        texts = [] if text is None else [text]
         try:
-            generate_images.main(["--weights", str(weights), "--device", "cpu", *arguments, text])
+            command.main(["--weights", str(weights), "--device", "cpu", *arguments, *texts])
             status = 0
         except SystemExit as error:
             status = error.code
@@ -94,7 +103,7 @@ def test_nothing_that_is_there_is_ever_lost(generate):
     ("../../etc/passwd", "etc-passwd-seed-3.png"), ("x" * 500, "x" * 60 + "-seed-3.png"),
     ("a\0b\n", "a-b-seed-3.png")])
 def test_names_are_safe(text, name):
-    assert generate_images.free_name(text, 3, "png", set()) == name
+    assert free_name(named_by(text, 3), "png", set()) == name
 
 
 def test_pictures_steer_and_are_said_of(generate):
@@ -185,7 +194,7 @@ BAD = [
     (("--device", "tpu"), "'tpu'"), (("--device", "cuda:99"), "cuda:99"),
     (("--weights", "nowhere"), "nowhere"), (("--weights", "."), "config.json"),
     (("--out", "file"), "file"), (("--out", "file/below"), "file/below"),
-    (("--unknown",), "--unknown"), (("--nu", "3"), "--nu"), (("second text",), "quotes"),
+    (("--unknown",), "--unknown"), (("--nu", "3"), "--nu"),
 ]
 
 
@@ -238,27 +247,25 @@ def test_a_write_that_fails_leaves_the_earlier_images(generate, monkeypatch):
 
 
 def test_two_runs_into_one_folder_take_turns(tmp_path):
-    class Slow:
-        """An image; while it is saved another run wants to write."""
+    def writes(content, meanwhile=lambda: None):
+        def save(path):
+            path.write_bytes(content)
+            meanwhile()
 
-        def __init__(self, seed, meanwhile=lambda: None):
-            self.seed, self.image, self.meanwhile = seed, self, meanwhile
-
-        def save(self, path, metadata):
-            Path(path).write_bytes(b"%d" % self.seed)
-            self.meanwhile()
+        return save
 
     def another():
         second.start()
         second.join(0.5)  # it waits, and must be waited for no longer
 
-    args = SimpleNamespace(out=tmp_path, force=False, text="a", format="png", no_metadata=True)
-    second = threading.Thread(target=generate_images.write, args=([Slow(2), Slow(9)], args))
-    paths = generate_images.write([Slow(1), Slow(2, another)], args)
+    second = threading.Thread(target=Folder(tmp_path).add, args=(
+        [("a-2", "png", writes(b"2")), ("a-9", "png", writes(b"9"))],))
+    paths = Folder(tmp_path).add([("a-1", "png", writes(b"1")),
+                                  ("a-2", "png", writes(b"2", another))])
     second.join()
-    assert [path.name for path in paths] == ["a-seed-1.png", "a-seed-2.png"]
-    assert files(tmp_path) == {"a-seed-1.png": b"1", "a-seed-2.png": b"2", "a-seed-2-2.png": b"2",
-                               "a-seed-9.png": b"9"}
+    assert [path.name for path in paths] == ["a-1.png", "a-2.png"]
+    assert files(tmp_path) == {"a-1.png": b"1", "a-2.png": b"2", "a-2-2.png": b"2",
+                               "a-9.png": b"9"}
 
 
 @pytest.mark.parametrize("num, candidates, named", [(64, 16, "--num 64"),
@@ -272,17 +279,399 @@ def test_out_of_memory_names_the_number_that_counts(generate, monkeypatch, num, 
     assert status == 1 and f"out of memory with {named}: " in errors
 
 
+# Several texts
+
+
+def feed(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def texts_made() -> list[str]:
+    """The texts that the files in out/ say."""
+    return sorted(read_recipe(path)["text"] for path in Path("out").iterdir())
+
+
+def test_texts_come_from_arguments_files_and_standard_input(generate, monkeypatch):
+    Path("a.txt").write_bytes("\ufefftwo cats\r\n\r\n  a house \r\n".encode())
+    feed(monkeypatch, b"on the moon\n\nnight")
+    one = ("--num", "1", "--candidates", "1")
+    status, output, errors = generate(*one, "-", "--texts", "a.txt", "a dog by the sea")
+    assert (status, errors) == (0, "")
+    expected = ["on the moon", "night", "a dog by the sea", TEXT, "two cats", "a house"]
+    assert texts_made() == sorted(expected)
+    names = [line.split("/")[1].split("-seed")[0] for line in output.splitlines()]
+    assert names == [text.replace(" ", "-") for text in expected]
+
+
+def test_each_text_of_several_makes_what_it_makes_alone(generate):
+    texts = ("a dog", "two cats", "night")
+    arguments = ("--num", "2", "--candidates", "5", "--seed", "3")
+    assert generate(*arguments, *texts[:2], "--out", "all", text=texts[2])[0] == 0
+    for text in texts:
+        assert generate(*arguments, "--out", "alone", text=text)[0] == 0
+    assert files("all") == files("alone") and len(files("all")) == 6
+
+
+def test_the_model_is_loaded_once(generate, monkeypatch):
+    calls, load = [], ClipGen.load
+    monkeypatch.setattr(ClipGen, "load", lambda *a, **k: calls.append(a) or load(*a, **k))
+    assert generate("--num", "1", "--candidates", "1", "a dog", "two cats", "a cow")[0] == 0
+    assert len(calls) == 1 and len(files()) == 4
+
+
+def test_forced_texts_of_one_name_do_not_replace_each_other(generate):
+    one = ("--num", "1", "--candidates", "1", "--seed", "3", "--force")
+    assert generate(*one, "a dog", text="a dog!")[0] == 0
+    assert generate(*one, "a dog", text="a dog!")[0] == 0
+    assert set(files()) == {"a-dog-seed-3.png", "a-dog-seed-3-2.png"}
+    assert texts_made() == ["a dog", "a dog!"]
+
+
+def test_a_text_behind_two_dashes_is_no_flag(generate):
+    assert generate("--num", "1", "--", "--num", text="-")[0] == 2  # standard input is closed here
+    assert generate("--num", "1", "--", "--num", text="-cat")[0] == 0
+    assert texts_made() == ["--num", "-cat"]
+
+
+@pytest.mark.parametrize("data, named", [
+    (None, "texts.txt cannot be read (No such file or directory)"), (b"", "has no text in it"),
+    (b" \n\t\r\n", "has no text in it"), (b"a\nb\n\xff\xfe", "line 3 of texts.txt is not UTF-8"),
+    ("a cat".encode("utf-16"), "line 1 of texts.txt is not UTF-8"),
+    (b"a cat\n" * 200_000, "has more than 1,000,000 bytes"), ("folder", "(Is a directory)"),
+    (b"a cat\n" + b"x" * 1001, "has 1,001 characters"),
+], ids=["missing", "empty", "blank", "latin", "utf-16", "large", "folder", "long"])
+def test_a_file_of_texts_that_cannot_be_is_one_sentence(generate, data, named):
+    if data == "folder":
+        Path("texts.txt").mkdir()
+    elif data is not None:
+        Path("texts.txt").write_bytes(data)
+    status, output, errors = generate("--texts", "texts.txt")
+    assert (status, output) == (2, "") and named in errors and errors.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (("a dog", ""), "text 2 of 3 is blank"), (("--texts", "-", "-"), "'-' is given twice"),
+    (("a", "red"), "'a' would be a text of its own: put the whole text in quotes"),
+    (("x" * 1001,), "text 1 of 2 has 1,001 characters"),
+    (("--negative", "x" * 1001, "--guidance", "3"), "the negative text has 1,001 characters")])
+def test_texts_that_cannot_be_are_refused_before_anything_is_loaded(generate, arguments, named,
+                                                                   monkeypatch):
+    monkeypatch.setattr(ClipGen, "load", None)
+    text = TEXT if len(arguments) != 2 or arguments[1] != "red" else "apple"
+    status, output, errors = generate(*arguments, text=text)
+    assert (status, output) == (2, "") and named in errors and errors.count("\n") == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"),
+                        max_size=20), max_size=9), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_a_file_of_texts_is_its_lines(lines, end):
+    data, expected = end.join(lines).encode(), [line.strip() for line in lines if line.strip()]
+    if expected and not lines[0].startswith("\ufeff"):
+        assert texts.read_texts("-", io.BytesIO(data)) == expected
+        assert texts.gather(["a cat", "-"], [], io.BytesIO(data)) == ["a cat", *expected]
+    elif not expected:
+        with pytest.raises(ValueError, match="standard input has no text in it"):
+            texts.read_texts("-", io.BytesIO(data))
+
+
+def test_words_that_no_text_had_are_said_before_anything_is_drawn(generate, tmp_path, monkeypatch):
+    bundle = micro_bundle(tmp_path / "small", vocabulary=["a red apple on the beach"])
+
+    def refuse(*_, **__):
+        raise ValueError("drawing")
+
+    monkeypatch.setattr(ClipGen, "generate", refuse)
+    errors = generate("--weights", str(bundle), "a zebra", "an apple")[2].splitlines()
+    assert errors[0].startswith("clipgen: text 1 of 3: this model never saw 'zebra'")
+    assert errors[-1] == "clipgen: drawing"
+
+
+def test_a_text_that_fails_leaves_the_files_of_those_before(generate, monkeypatch):
+    draw = ClipGen.generate
+
+    def fail(self, text, **settings):
+        if text == "night":
+            raise FloatingPointError("pixels that are not finite")
+        return draw(self, text, **settings)
+
+    monkeypatch.setattr(ClipGen, "generate", fail)
+    status, output, errors = generate("--num", "2", "a dog", "night")
+    assert status == 1 and errors == "clipgen: pixels that are not finite\n"
+    assert len(output.splitlines()) == 2 and texts_made() == ["a dog", "a dog"]
+
+
+# Made again
+
+
+@pytest.mark.parametrize("suffix", MAGIC)
+@pytest.mark.parametrize("settings", [
+    (), ("--guidance", "3", "--negative", "a dog", "--top-k", "9", "--top-p", "0.8"),
+    ("--temperature", "0.5", "--dtype", "bfloat16")], ids=["plain", "negative", "bfloat16"])
+def test_again_makes_the_same_file_beside_the_first(generate, suffix, settings):
+    assert generate("--num", "2", "--candidates", "3", "--format", suffix, *settings)[0] == 0
+    first = files()
+    for name, content in first.items():
+        status, output, errors = generate("--again", f"out/{name}", text=None)
+        assert (status, errors) == (0, "")
+        copy = name.replace(f".{suffix}", f"-2.{suffix}")
+        assert output.startswith(f"out/{copy}  seed ") and files()[copy] == content
+    assert {name: files()[name] for name in first} == first  # never replaced
+
+
+def test_again_wants_the_pictures_that_it_was_made_of(generate):
+    for name in ("cat", "sea", "other"):
+        Image.effect_noise((40, 30), 90).convert("RGB").save(f"{name}.png")
+    Image.linear_gradient("L").save("mask.png")
+    assert generate("--num", "1", "--image", "cat.png", "--image-weight", "0.7", "--init",
+                    "sea.png", "--mask", "mask.png")[0] == 0
+    (name, content), = files().items()
+    again = ("--again", f"out/{name}")
+    pictures = {"--image": "cat.png", "--init": "sea.png", "--mask": "mask.png"}
+    for missing in pictures:
+        rest = [word for flag, file in pictures.items() if flag != missing
+                for word in (flag, file)]
+        status, _, errors = generate(*again, *rest, text=None)
+        assert status == 2 and errors.count("\n") == 1
+        assert f"keeps the sha256 alone: give that picture with {missing}" in errors
+        status, _, errors = generate(*again, *rest, missing, "other.png", text=None)
+        assert status == 2 and f"{missing} names another picture" in errors
+    assert len(files()) == 1
+    every = [word for pair in pictures.items() for word in pair]
+    assert generate(*again, *every, text=None)[0] == 0
+    assert list(files().values()) == [content, content]
+    assert generate("--num", "1", "--init", "sea.png", "--keep", "0.5", "--out", "kept")[0] == 0
+    (name, content), = files("kept").items()
+    kept = ("--again", f"kept/{name}", "--out", "kept")
+    assert generate(*kept, "--init", "sea.png", text=None)[0] == 0
+    assert list(files("kept").values()) == [content, content]
+    status, _, errors = generate(*kept, "--init", "sea.png", "--image", "cat.png", text=None)
+    assert status == 2 and "--image contradicts --again" in errors
+
+
+def test_again_says_what_is_another_here(generate, tmp_path):
+    other = micro_bundle(tmp_path / "other", seed=5, null_embedding=True)
+    assert generate("--num", "1", "--seed", "4")[0] == 0
+    (name, content), = files().items()
+    again = ("--again", f"out/{name}")
+    status, _, errors = generate(*again, "--weights", str(other), text=None)
+    own, here = (read_recipe(path)["bundle"] for path in sorted(Path("out").iterdir())[::-1])
+    assert status == 0 and errors.count("\n") == 1
+    assert f"with the bundle '{own}' and this is '{here}'" in errors and own != here
+    changed = read_recipe(f"out/{name}") | {"version": "0.0.9", "device": "tpu"}
+    save_image(Image.new("RGB", (9, 9)), "changed.png", changed)
+    status, _, errors = generate("--again", "changed.png", "--no-metadata", text=None)
+    lines = errors.splitlines()
+    assert status == 0 and len(lines) == 2
+    assert "made by clipgen '0.0.9' and this is" in lines[0]
+    assert "made on 'tpu' and this is cpu" in lines[1]
+
+
+CONTRADICTIONS = [
+    ("a text",), ("--texts", "x"), ("--num", "4"), ("--candidates", "16"), ("--seed", "4"),
+    ("--temperature", "1"), ("--top-k", "0"), ("--top-p", "1"), ("--guidance", "1"),
+    ("--dtype", "float32"), ("--image-weight", "0"), ("--negative", "x"), ("--keep", "0"),
+    ("--force",)]
+
+
+@pytest.mark.parametrize("arguments", CONTRADICTIONS, ids=" ".join)
+def test_what_contradicts_again_is_refused_by_name(generate, arguments):
+    status, output, errors = generate("--again", "x.png", *arguments, text=None)
+    assert (status, output) == (2, "") and errors.count("\n") == 1
+    assert f"leave {arguments[0]} out" in errors
+
+
+@pytest.mark.parametrize("change, named", [
+    (None, "x.png does not say how it was made"), ({"top_k": "nine"}, "top_k must be a whole"),
+    ({"text": 5}, "x.png says 5 for text"), ({"dtype": "int4"}, "x.png says 'int4' for dtype"),
+    ({"seed": -1}, "seed must be a whole number"), ({"device": []}, "x.png says [] for device"),
+    ({"guidance": None, "temperature": "hot"}, "temperature must be a number"),
+    ({"negative_text": 5}, "x.png says 5 for negative_text"),
+    ({"text": " "}, "text must say something"), ({"keep": 0.5}, "keep says what stays")])
+def test_a_recipe_that_cannot_be_is_one_sentence(generate, change, named):
+    recipe = {"text": "a", "seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+              "guidance": 1.0, "device": "cpu", "dtype": "float32", "bundle": "b", "version": "0"}
+    save_image(Image.new("RGB", (9, 9)), "x.png", None if change is None else recipe | change)
+    status, output, errors = generate("--again", "x.png", text=None)
+    errors = [line for line in errors.splitlines() if "and this is" not in line]
+    assert (status, output) == (2, "") and len(errors) == 1 and named in errors[0]
+
+
+@pytest.mark.parametrize("name", ["text", "seed", "top_p", "device", "dtype", "version"])
+def test_half_a_recipe_is_one_sentence(generate, name):
+    assert generate("--num", "1")[0] == 0
+    recipe = read_recipe(next(Path("out").iterdir()))
+    del recipe[name]
+    save_image(Image.new("RGB", (9, 9)), "x.png", recipe)
+    status, _, errors = generate("--again", "x.png", text=None)
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("clipgen: x.png does not")
+
+
+# The sheet of all images
+
+
+def test_a_grid_holds_every_image_of_the_call_and_replaces_none(generate):
+    arguments = ("--num", "2", "--candidates", "2", "--seed", "3", "--grid")
+    status, output, _ = generate(*arguments, "a dog", "two cats")
+    assert status == 0 and output.splitlines()[-1] == "out/grid.png  6 images"
+    with Image.open("out/grid.png") as page:
+        assert page.format == "PNG" and page.width == 2 * (128 + 8) + 8  # a row for each text
+        assert page.height > 3 * 128
+        cell = page.crop((8, 8, 136, 136)).resize((32, 32), Image.Resampling.BOX)
+    first = output.split()[0]
+    assert len(files()) == 7
+    with Image.open(first) as image:
+        difference = ImageStat.Stat(ImageChops.difference(cell, image)).mean
+    assert max(difference) < 12  # scaled up and down again
+    before = files()
+    assert generate(*arguments, "--num", "1")[1].splitlines()[-1] == "out/grid-2.png  1 images"
+    assert {name: files()[name] for name in before} == before
+    assert generate("--grid", "--again", first, text=None)[1].endswith("out/grid-3.png  1 images\n")
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(), max_size=300), min_size=1, max_size=3))
+def test_a_sheet_takes_every_text(labels):
+    page = sheet([(label, Image.new("RGB", (8, 8))) for label in labels])
+    assert page.width == len(labels) * (128 + 8) + 8 and page.height < 128 + 8 + 5 * 20
+
+
+def test_a_grid_too_large_is_refused(generate):
+    status, _, errors = generate("--grid", "--num", "300", "a dog")
+    assert status == 2 and "--grid of 600 images is too large, it holds 500" in errors
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def screen(self) -> list[str]:
+        """What stays to be read, line by line."""
+        lines = []
+        for line in self.getvalue().split("\n"):
+            cells = []
+            for part in line.split("\r"):
+                cells[:len(part)] = part
+            lines.append("".join(cells).rstrip())
+        return lines
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 3), min_size=1, max_size=40))
+def test_progress_is_for_what_takes_long_and_goes_away(seconds):
+    now, terminal = [0.0], Terminal()
+    bar, spent = Progress(terminal, lambda: now[0]), 0
+    for i, step in enumerate(seconds):
+        now[0] += step
+        before = len(terminal.getvalue())
+        share, spent = (i + 1) / len(seconds), spent + step
+        bar.update(share, "drawing")
+        if len(terminal.getvalue()) > before:
+            line, = terminal.screen()
+            told = re.fullmatch(r"clipgen: drawing, (\d+) %, (?:(\d+) s|(\d+):(\d\d) min) left",
+                                line)
+            assert int(told[1]) == int(100 * share) and spent / share >= 2
+            left = int(told[2]) if told[2] else 60 * int(told[3]) + int(told[4])
+            assert abs(left - (spent / share - spent)) < 1
+    assert bool(terminal.getvalue()) or max(seconds) < 0.5 or sum(seconds) < 2
+    bar.clear()
+    assert terminal.screen() == [""]
+
+
+def test_nothing_is_shown_on_a_pipe_or_for_what_is_quick():
+    pipe, terminal, now = io.StringIO(), Terminal(), [0.0]
+    bars = [Progress(stream, lambda: now[0]) for stream in (pipe, terminal)]
+    now[0] = 60
+    bars[0].update(0.1, "drawing")
+    bars[1].began = 58.5
+    bars[1].update(0.9, "drawing")
+    assert pipe.getvalue() == terminal.getvalue() == ""
+
+
+def test_a_terminal_sees_loading_progress_and_then_the_lines_alone(generate, monkeypatch, weights):
+    terminal, clock = Terminal(), itertools.count(step=0.7)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("clipgen.command.Progress",
+                        lambda stream: Progress(stream, lambda: next(clock)))
+    assert generate("--num", "1", "--candidates", "20", "a dog")[0] == 0
+    assert terminal.screen() == [f"clipgen: loading {weights}", ""]
+    shown = terminal.getvalue()
+    shares = [int(share) for share in re.findall(r"text [12] of 2, (\d+) %, \d+ s left", shown)]
+    assert len(shares) > 20 and shares == sorted(shares) and shares[-1] == 100
+    assert shown.index("text 1 of 2") < shown.index("text 2 of 2")
+
+
+# Flags
+
+
+def test_every_flag_is_documented():
+    document = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
+    for flag in command.make_parser().flags():
+        assert f"`--{flag}" in document, flag
+
+
+WORDS = [f"--{flag}" for flag in sorted(command.make_parser().flags())] + [
+    "-", "--", "-n", "--num=3", "4", "0.5", "", " ", "a", "a cat", "x.png", "-h5", "\u2014num",
+    "cpu", "float32", "png", "--=", "---", "-\u00e9", "--a cat", "=", "-1"]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs", "Cc"]),
+                                                 max_size=4), max_size=5))
+def test_whatever_is_typed_gets_one_sentence(words):
+    def load(*_):
+        raise ValueError("loading")
+
+    with (pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as errors,
+          redirect_stdout(io.StringIO()) as output, tempfile.TemporaryDirectory() as folder):
+        patch.setattr(command, "load", load)
+        patch.chdir(folder)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a dog")))
+        with pytest.raises(SystemExit) as stopped:
+            command.main(words)
+    if stopped.value.code == 0:  # --help or --version
+        assert output.getvalue() and not errors.getvalue()
+    else:
+        assert stopped.value.code == 2 and not output.getvalue()
+        assert re.fullmatch(r"clipgen: [^\n]+\n", errors.getvalue())
+
+
+@pytest.mark.parametrize("arguments, meant", [
+    (("-n", "3"), "--negative, --no-metadata or --num?"), (("-num", "3"), "--num?"),
+    (("-s", "3"), "--seed?"), (("--nun=3",), "--num?"), (("--top_k", "3"), "--top-k?"),
+    (("--SEED", "3"), "--seed?"), (("---out", "x"), "--out?"), (("-o", "x"), "--out?"),
+    (("--number", "3"), "--num?"), (("--guidance-scale", "3"), "--guidance?"), (("-g3",), "--grid"),
+    (("--output", "x"), "--out?"), (("--prompt", "x"), "put the text in quotes, without a flag"),
+    (("--text", "x"), "put the text in quotes"), (("-p", "x"), "'-p' is no flag (--help lists"),
+    (("\u2014num", "3"), "begins with a long dash: write --num"),
+    (("\u2013seed=3",), "write --seed=3")], ids=lambda value: " ".join(value).strip())
+def test_a_flag_that_is_none_is_answered_with_the_right_one(generate, arguments, meant):
+    status, output, errors = generate(*arguments)
+    assert (status, output) == (2, "") and meant in errors and errors.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_dashes_within_texts_are_texts(generate):
+    one = ("--num", "1", "--candidates", "1")
+    assert generate(*one, "\u2014 a cat", "-5", text="- a dog -")[0] == 0
+    assert texts_made() == ["- a dog -", "-5", "\u2014 a cat"]
+
+
 # As a process, through the shell script: on a copy of the project's commands, with a .venv that
 # is complete, and with a clipgen that needs no torch where torch is not the point.
 
 
 @pytest.fixture
 def project(tmp_path):
-    for name in ("__init__.py", "generate", "generate_images.py", "environment.sh",
-                 "training/__init__.py", "training/cli.py", "data/__init__.py",
-                 "evaluation/__init__.py", "emoji/__init__.py"):
-        (tmp_path / "scripts" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "scripts").mkdir()
+    for name in ("generate", "environment.sh"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    shutil.copytree(ROOT / "clipgen", tmp_path / "clipgen",
+                    ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     python = tmp_path / ".venv" / "bin" / "python"
@@ -302,7 +691,6 @@ def start(project: Path, *arguments: str, **environment: str) -> subprocess.Pope
 
 
 def test_the_command_finds_its_parts_from_any_folder(project, weights):
-    (project / "clipgen").symlink_to(ROOT / "clipgen")
     (project / "elsewhere" / "clipgen.py").write_text("raise SystemExit('shadowed')\n")
     (project / "weights").mkdir()
     (project / "weights" / "emoji").symlink_to(weights)
@@ -313,38 +701,101 @@ def test_the_command_finds_its_parts_from_any_folder(project, weights):
     assert output.startswith(f"out/{name}  seed ")
 
 
-def test_weights_coco_comes_before_weights_emoji(monkeypatch, tmp_path):
-    monkeypatch.setattr(generate_images, "WEIGHTS", tmp_path)
-    assert generate_images.parse_arguments(["x"]).weights == tmp_path / "emoji"
-    (tmp_path / "coco").mkdir()
-    assert generate_images.parse_arguments(["x"]).weights == tmp_path / "coco"
+def test_weights_coco_comes_before_weights_emoji(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(default_bundle, "FOLDERS", (tmp_path / "package", tmp_path / "checkout"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--out", str(tmp_path / "out"), "x"])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1
+    assert "no default bundle" in errors and "package or" in errors
+    for found in ("checkout/emoji", "checkout/coco", "package/emoji", "package/coco"):
+        (tmp_path / found).mkdir(parents=True)
+        assert default_bundle.default_bundle() == tmp_path / found
 
 
 def test_help_and_bad_values_need_no_torch(project):
-    for module in ("torch", "clipgen"):
-        (project / f"{module}.py").write_text("raise SystemExit('imported')\n")
+    (project / "torch.py").write_text("raise SystemExit('imported')\n")
     process = start(project, "--help")
     output, errors = process.communicate(timeout=600)
     assert (process.returncode, errors) == (0, "")
-    flags = ("num candidates seed temperature top-k top-p guidance weights device dtype out format")
-    assert all(f"--{flag} " in output for flag in flags.split())
+    flags = ("texts num candidates seed temperature top-k top-p guidance weights device dtype out "
+             "format force grid no-metadata again image image-weight negative init mask keep")
+    assert all(f"  --{flag} " in output for flag in flags.split())
     process = start(project, "--num", "0", TEXT)
     assert "imported" not in process.communicate(timeout=600)[1] and process.returncode == 2
 
 
-def test_ctrl_c_ends_quietly_with_130(project):
+# In place of the pipeline, whose import takes seconds: images are bytes, made at once.
+STUB = """
+import pathlib, time
+class NothingToDraw(UserWarning): pass
+class Image:
+    seed, score, image = 7, 0.5, None
+    def __init__(self, text): self.text = text
+    def save(self, path, metadata):
+        path.write_text(self.text[:1])
+        if self.text == "slow":
+            pathlib.Path("now").touch()
+            time.sleep(60)
+        path.write_text(self.text)
+class ClipGen:
+    class bundle: fingerprint = ""
+    class clip:
+        class device: type = "cpu"
+    @classmethod
+    def load(cls, weights, *_):
+        if weights.name == "slow":
+            pathlib.Path("now").touch()
+            time.sleep(60)
+        return cls()
+    def warn_of(self, text): pass
+    def generate(self, text, **_): return [Image(text)]
+"""
+
+
+@pytest.fixture
+def stubbed(project):
     (project / "torch.py").touch()
-    (project / "clipgen.py").write_text(
-        "import pathlib, time\nNothingToDraw = TextTruncated = UnknownWords = UserWarning\n"
-        "is_out_of_memory = None\n"
-        "class ClipGen:\n    def load(*_, **__):\n"
-        "        pathlib.Path('loading').touch()\n        time.sleep(60)\n")
-    process = start(project, TEXT)
+    (project / "clipgen" / "pipeline.py").write_text(STUB)
+    return project
+
+
+@pytest.mark.parametrize("arguments, left", [
+    (("--weights", "slow", "a cat", "a dog"), {}),
+    (("--weights", "w", "a cat", "a dog", "slow", "a cow"),
+     {"a-cat-seed-7.png": b"a cat", "a-dog-seed-7.png": b"a dog"})], ids=["loading", "writing"])
+def test_ctrl_c_ends_quietly_with_130_and_leaves_whole_files(stubbed, arguments, left):
+    process = start(stubbed, *arguments)
     deadline = time.monotonic() + 600
-    while not (project / "elsewhere" / "loading").exists() and time.monotonic() < deadline:
+    while not (stubbed / "elsewhere" / "now").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=600) == ("", "")
-    assert process.returncode == 130
-    assert files(project / "elsewhere" / "out") == {}
+    output, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (130, "")
+    assert output == "".join(f"out/{name}  seed 7  score 0.500\n" for name in left)
+    assert files(stubbed / "elsewhere" / "out") == left
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(stubbed):
+    process = start(stubbed, "--weights", "w", "a cat", "a dog")
+    process.stdout.close()
+    _, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (141, "")
+    assert set(files(stubbed / "elsewhere" / "out")) == {"a-cat-seed-7.png"}
+
+
+def test_folders_whose_names_are_no_text_are_taken(stubbed):
+    process = subprocess.run([stubbed / "scripts" / "generate", "--weights", "w", "--out",
+                              b"\xff", "a cat"], cwd=stubbed / "elsewhere", capture_output=True,
+                             timeout=600)
+    assert process.stdout == b"\xff/a-cat-seed-7.png  seed 7  score 0.500\n", process.stderr
+
+
+def test_texts_come_through_a_pipe_and_nothing_but_lines_goes_out(stubbed):
+    process = subprocess.run([stubbed / "scripts" / "generate", "--weights", "w", "-"],
+                             cwd=stubbed / "elsewhere", input="a cat\n\na dog\n", text=True,
+                             capture_output=True, timeout=600)
+    assert process.stdout.splitlines() == ["out/a-cat-seed-7.png  seed 7  score 0.500",
+                                           "out/a-dog-seed-7.png  seed 7  score 0.500"]
+    assert (process.returncode, process.stderr) == (0, "")

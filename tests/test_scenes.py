@@ -226,6 +226,6 @@ def test_a_missing_font_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_inference_needs_no_font(tmp_path):
-    code = "import clipgen, scripts.generate_images"
+    code = "import clipgen.command, clipgen.pipeline"
     env = os.environ | {"CLIPGEN_EMOJI_FONT": str(tmp_path / "no.ttf")}
     subprocess.run([sys.executable, "-c", code], env=env, check=True)

@@ -44,7 +44,7 @@ times = [time.monotonic()]
 def done(): times.append(time.monotonic())
 import torch; done()
 import open_clip.model; done()
-import clipgen, clipgen.bundle, clipgen.device; done()
+import clipgen.bundle, clipgen.device, clipgen.pipeline; done()
 weights, device = sys.argv[1:]
 device = torch.device(device)
 dtype = clipgen.device.default_dtype(device)

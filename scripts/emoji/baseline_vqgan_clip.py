@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from clipgen import ClipGen
 from clipgen.pipeline import to_image
+from clipgen.sheet import sheet
 from scripts.emoji.judge import Judge, draw_labelled, load_judge, share_right
 from scripts.emoji.prompts import held_out_labels, texts_of
 from scripts.emoji.world import Labels
 from scripts.evaluation import metrics
-from scripts.evaluation.figures import sheet
 from scripts.evaluation.report import print_named
 from scripts.evaluation.scores import fit, sample, unknown_words
 from scripts.training.cli import number, positive, seed

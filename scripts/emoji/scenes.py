@@ -242,7 +242,7 @@ def main() -> None:
     p.add_argument("--size", type=positive, default=128, help="pixels a side")
     p.add_argument("--first", type=number(int, 0, MOST_SEEDS), default=0, help="seed")
     a = p.parse_args()
-    from scripts.evaluation.figures import sheet
+    from clipgen.sheet import sheet
 
     scenes = Scenes(range(a.first, a.first + 64), a.objects, a.size, held_out=None)
     try:

@@ -28,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen import ClipGen
+from clipgen.sheet import sheet
 from scripts.data.files import write_text
 from scripts.emoji.judge import draw_labelled
 from scripts.emoji.prompts import held_out_labels, texts_of, with_second_object
 from scripts.emoji.world import OBJECTS, Labels
-from scripts.evaluation.figures import sheet
 from scripts.training.cli import number, one_sentence
 
 COUNT, CANDIDATES = 64, 16

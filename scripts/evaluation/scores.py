@@ -23,13 +23,14 @@ from clipgen.clip import CLIP, IMAGES_PER_PASS
 from clipgen.device import find_device, is_out_of_memory
 from clipgen.pipeline import to_image
 from clipgen.sampling import SEEDS
+from clipgen.sheet import sheet
 from clipgen.vqgan import VQGAN
 from scripts.data.dataset import stack_views
 from scripts.data.presets import open_images
 from scripts.data.reading import PLAIN, Reading, ReadingSettings
 from scripts.evaluation import metrics
 from scripts.evaluation.features import RADII, Network, blurred_features, load_network
-from scripts.evaluation.figures import grid, sheet
+from scripts.evaluation.figures import grid
 from scripts.training.cli import device, number, setting
 
 TOGETHER = 64  # images sampled in one call: a multiple of the sampler's blocks

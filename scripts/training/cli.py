@@ -13,42 +13,15 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, NoReturn
+from typing import Any
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"clipgen: {message} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def device(text: str) -> str:
-    """An argparse type: the name of a device, be it here or not."""
-    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
-    return text
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number of that kind from low to high."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:  # NaN is in no range
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-
-    return parse
-
+# What the command of the package needs too lies there, and is had from here as well.
+from clipgen.arguments import Parser as Parser
+from clipgen.arguments import device as device
+from clipgen.arguments import number
+from clipgen.arguments import seed as seed
 
 positive, whole = number(int, 1, 10**9), number(int, 0, 10**9)
-seed = number(int, 0, 2**31 - 1)
 amount, share, scale = number(float, 0, 1e9), number(float, 0, 1), number(float, 0.01, 1)
 
 
