@@ -1,6 +1,9 @@
 """scripts/serving/watch.py: how often, after which pauses; tests/test_server.py kills for real."""
 
 import contextlib
+import subprocess
+import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 
 from scripts.serving import watch
 
+LF = b"\n"
 ILL, CALM = watch.Ended("ill"), watch.Ended("ill", calm=True)
 
 
@@ -60,3 +64,27 @@ def test_it_ends_as_it_is_told():
 def test_what_cogs_log_says_of_a_lost_place(message, module, lost):
     line = f'{{"level":"ERROR","fields":{{"message":"{message}"}},"target":"coglet::{module}"}}\n'
     assert bool(watch.LOST.search(line.encode())) == lost
+
+
+@pytest.mark.parametrize("line", [b"Slot poisoned: coglet::permit::pool", b"Starting prediction"])
+def test_a_server_that_lost_its_place_for_predictions_is_left(line, capfdbinary):
+    """A real process that says it in its log, as Cog's does where it cannot make its folders."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys, time; sys.stderr.buffer.write({line + LF!r}); "
+         "sys.stderr.flush(); time.sleep(60)"], stderr=subprocess.PIPE)
+    log, looks = watch.Log(process), []
+
+    class Signals:
+        def wait(self, seconds):  # for the line; a signal comes once it is there
+            looks.append(seconds)
+            while len(looks) == 1 and not capfdbinary.readouterr().err:
+                time.sleep(0.01)
+            return len(looks) > 1 or b"poisoned" not in line
+
+    try:
+        ended = watch.watch(process, log, 1, Signals(), was_ready=True)
+    finally:
+        process.kill()
+        process.wait()
+    assert ended.reason == ("Cog's server is BUSY for good, its log says why"
+                            if b"poisoned" in line else "")

@@ -3,13 +3,13 @@
     python -m scripts.serving.watch PORT [--restarts 5]
 
 Cog's server outlives its worker: once that is killed, for want of memory say, GET /health-check
-says UNHEALTHY and every prediction fails, for good.  And a prediction for which Cog cannot make its
-folders, as on a full disk, leaves the server BUSY for good; only its log
-tells.  So the health is asked for every second and the log is read on its way to stderr.  A server
-that was READY and is ill three times in a row, or has lost its place for predictions, is ended and
-started anew, after a pause that doubles each time; ten minutes without make the count start again.
-After the last restart the exit status is 1, so that a supervisor takes over.  SIGTERM, SIGINT and
-SIGHUP end the running prediction, then everything; a second one ends everything at once.
+says UNHEALTHY and every prediction fails, for good. And a prediction for which Cog cannot make its
+folders, as on a full disk, leaves the server BUSY for good; only its log tells. So the health is
+asked for every second and the log is read on its way to stderr. A server that was READY and is ill
+three times in a row, or has lost its place for predictions, is ended and started anew, after a
+pause that doubles each time; ten minutes without make the count start again. After the last restart
+the exit status is 1, so that a supervisor takes over. SIGTERM, SIGINT and SIGHUP end the running
+prediction, then everything; a second one ends everything at once.
 """
 
 from __future__ import annotations
