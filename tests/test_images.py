@@ -367,6 +367,7 @@ def test_captions_by_name(tmp_path, capsys):
     ("c.tsv", "other.png\tx", "none of the 1 names .* is that of an image such as a.png"),
     ("c.json", "[]", "no COCO captions file"),
     ("c.json", "{", "no COCO captions file"),
+    ("c.json", "[" * 100_000, "no COCO captions file"),
     ("c.json", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "no COCO"),
 ])
 def test_captions_that_cannot_be_used(tmp_path, name, content, message):

@@ -20,6 +20,7 @@ from scripts import train
 from scripts.data.captions import shown
 from scripts.data.images import Images, UnreadableImage
 from scripts.data.presets import open_images
+from scripts.data.reading import PLAIN, Reading
 from scripts.training.cli import duration
 from scripts.training.plan import new_sizes
 from scripts.training.stages import Stages
@@ -176,6 +177,13 @@ def test_every_seed_it_takes_the_stages_take():
     most = str(2**31 - 1)
     for stage in stages_of("--seed", most).values():
         assert stage.seed == int(most)
+
+
+def test_stages_read_images_as_the_whole_does():
+    stages = stages_of("--background", "black", "--any-ending", "--sample-image", ".seg.png")
+    for stage in ("vqgan", "encode"):
+        assert stages[stage].reading == Reading((0, 0, 0), True, "seg.png")
+    assert stages_of()["encode"].reading == PLAIN
 
 
 def stages_of(*flags):

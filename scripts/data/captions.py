@@ -25,7 +25,7 @@ def read_captions(path: Path) -> dict[str, list[str]]:
             for annotation in data["annotations"]:
                 table.setdefault(names[annotation["image_id"]], []).append(
                     shown(annotation["caption"].strip()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is no COCO captions file: it needs images (id, file_name) "
                              "and annotations (image_id, caption)") from None
     else:
