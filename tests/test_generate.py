@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
 
@@ -337,8 +337,8 @@ def test_a_text_behind_two_dashes_is_no_flag(generate):
     (None, "texts.txt cannot be read (No such file or directory)"), (b"", "has no text in it"),
     (b" \n\t\r\n", "has no text in it"), (b"a\nb\n\xff\xfe", "line 3 of texts.txt is not UTF-8"),
     ("a cat".encode("utf-16"), "line 1 of texts.txt is not UTF-8"),
-    (b"a cat\n" * 200_000, "has more than 1,000,000 bytes"), ("folder", "(Is a directory)"),
-    (b"a cat\n" + b"x" * 1001, "has 1,001 characters"),
+    (b"a cat\n" + b"\n" * 1_000_000, "has more than 1,000,000 bytes"),
+    ("folder", "(Is a directory)"), (b"a cat\n" + b"x" * 1001, "has 1,001 characters"),
 ], ids=["missing", "empty", "blank", "latin", "utf-16", "large", "folder", "long"])
 def test_a_file_of_texts_that_cannot_be_is_one_sentence(generate, data, named):
     if data == "folder":
@@ -531,7 +531,9 @@ def test_a_grid_holds_every_image_of_the_call_and_replaces_none(generate):
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(st.characters(), max_size=300), min_size=1, max_size=3))
+@given(st.lists(st.lists(st.text(st.characters(), max_size=30), max_size=60).map(" ".join),
+                min_size=1, max_size=3))
+@example(["many words " * 50])
 def test_a_sheet_takes_every_text(labels):
     page = sheet([(label, Image.new("RGB", (8, 8))) for label in labels])
     assert page.width == len(labels) * (128 + 8) + 8 and page.height < 128 + 8 + 5 * 20
@@ -595,10 +597,13 @@ def test_nothing_is_shown_on_a_pipe_or_for_what_is_quick():
 def test_a_terminal_sees_loading_progress_and_then_the_lines_alone(generate, monkeypatch, weights):
     terminal, clock = Terminal(), itertools.count(step=0.7)
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr("clipgen.command.Progress",
                         lambda stream: Progress(stream, lambda: next(clock)))
     assert generate("--num", "1", "--candidates", "20", "a dog")[0] == 0
-    assert terminal.screen() == [f"clipgen: loading {weights}", ""]
+    loading, *lines, last = terminal.screen()
+    assert (loading, len(lines), last) == (f"clipgen: loading {weights}", 2, "")
+    assert all(re.fullmatch(r"out/\S+  seed \d+  score \S+", line) for line in lines)
     shown = terminal.getvalue()
     shares = [int(share) for share in re.findall(r"text [12] of 2, (\d+) %, \d+ s left", shown)]
     assert len(shares) > 20 and shares == sorted(shares) and shares[-1] == 100
@@ -788,7 +793,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(stubbed):
 def test_folders_whose_names_are_no_text_are_taken(stubbed):
     process = subprocess.run([stubbed / "scripts" / "generate", "--weights", "w", "--out",
                               b"\xff", "a cat"], cwd=stubbed / "elsewhere", capture_output=True,
-                             timeout=600)
+                             timeout=600, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
     assert process.stdout == b"\xff/a-cat-seed-7.png  seed 7  score 0.500\n", process.stderr
 
 
