@@ -488,7 +488,7 @@ def test_what_contradicts_again_is_refused_by_name(generate, arguments):
     ({"seed": -1}, "seed must be a whole number"), ({"device": []}, "x.png says [] for device"),
     ({"guidance": None, "temperature": "hot"}, "temperature must be a number"),
     ({"negative_text": 5}, "x.png says 5 for negative_text"),
-    ({"text": " "}, "text must say something"), ({"keep": 0.5}, "keep says what stays")])
+    ({"text": " "}, "text must not be empty"), ({"keep": 0.5}, "keep needs init_image")])
 def test_a_recipe_that_cannot_be_is_one_sentence(generate, change, named):
     recipe = {"text": "a", "seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
               "guidance": 1.0, "device": "cpu", "dtype": "float32", "bundle": "b", "version": "0"}
