@@ -14,7 +14,7 @@ from tests.sprites import drawn_sprites
 @pytest.fixture
 def bundle(tmp_path, monkeypatch):
     sprites = drawn_sprites()
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda: sprites)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda edged=False: sprites)
     monkeypatch.setattr(scenes, "find_font", lambda: None)
     return micro_bundle(tmp_path / "micro", null_embedding=True)
 

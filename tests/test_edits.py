@@ -35,6 +35,8 @@ class Model:
 
 
 class Reader:
+    look = None
+
     def right(self, pixels, labels):
         thing, place, time = ((pixels[:, k].mean((1, 2)) > 0.5).tolist() for k in range(3))
         self.wanted = labels
@@ -42,7 +44,7 @@ class Reader:
 
 
 def test_each_request_is_judged_by_what_it_asks_for(monkeypatch):
-    monkeypatch.setattr(edits, "draw_labelled", lambda labels, size, seed: torch.zeros(
+    monkeypatch.setattr(edits, "draw_labelled", lambda labels, size, seed, look: torch.zeros(
         len(labels), 3, size, size, dtype=torch.uint8))
     model, labels = Model(), held_out_labels(COUNT, OBJECTS, 7)
     assert edits.scores(model, Reader(), OBJECTS, COUNT, 3, 7) == {
@@ -64,6 +66,6 @@ def test_each_request_is_judged_by_what_it_asks_for(monkeypatch):
 @pytest.mark.parametrize("shown", [(1, 0, 0), (0, 1, 0)])
 def test_a_blend_must_show_both(shown, monkeypatch):
     monkeypatch.setitem(SHOWN, "blend", shown)
-    monkeypatch.setattr(edits, "draw_labelled", lambda labels, size, seed: torch.zeros(
+    monkeypatch.setattr(edits, "draw_labelled", lambda labels, size, seed, look: torch.zeros(
         len(labels), 3, size, size, dtype=torch.uint8))
     assert edits.scores(Model(), Reader(), OBJECTS, COUNT, 3, 7)["blend"] == 0

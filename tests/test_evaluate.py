@@ -130,8 +130,8 @@ def test_of_the_candidates_for_an_image_the_nearest_is_kept(bundle):
 
 def test_a_bad_judge_is_not_passed_over(bundle, tmp_path, monkeypatch, capsys):
     sprites = drawn_sprites()  # shapes that the judge has never seen
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda: sprites)
-    monkeypatch.setattr(judge, "emoji_sprites", lambda: sprites)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda edged=False: sprites)
+    monkeypatch.setattr(judge, "emoji_sprites", lambda edged=False: sprites)
     with pytest.raises(SystemExit, match="judge gets fewer than 99 %"):
         emoji_evaluate.main([str(bundle), "--prompts", "5", "--candidates", "4", "--device", "cpu",
                              "--sheet", str(tmp_path / "a" / "sheet.png")])
@@ -284,8 +284,8 @@ def test_what_goes_wrong_in_sampling_is_one_sentence(bundle, tmp_path, monkeypat
 
 
 def test_a_share_of_nothing_is_left_out(bundle, monkeypatch, capsys):
-    monkeypatch.setattr(scenes, "emoji_sprites", drawn_sprites)
-    monkeypatch.setattr(judge, "emoji_sprites", drawn_sprites)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda edged=False: drawn_sprites())
+    monkeypatch.setattr(judge, "emoji_sprites", lambda edged=False: drawn_sprites())
     monkeypatch.setattr(emoji_evaluate, "judged_on_renders", lambda *_: 1.0)
     # Both texts are about the moon, whose sky tells no time.
     result, _, _ = run(capsys, bundle, "--prompts", 2, "--seed", 61, "--candidates", 1,

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from scripts.data.presets import open_images
 from scripts.data.transforms import batches
 from scripts.emoji import scenes, world
+from scripts.emoji.painter import PLAIN, STICKERS
 from scripts.emoji.scenes import Scenes, draw_scene
 from tests.sprites import drawn_sprites
 
@@ -26,12 +28,12 @@ EVERYWHERE += [world.Labels(("cat",), colour, None) for colour in world.COLOURS]
 
 @pytest.fixture
 def sprites(monkeypatch):
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda: SPRITES)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda edged=False: SPRITES)
     monkeypatch.setattr(scenes, "find_font", lambda: None)
 
 
-def pixels(labels, seed, size=32):
-    return np.asarray(draw_scene(np.random.default_rng(seed), labels, size, SPRITES))
+def pixels(labels, seed, size=32, look=PLAIN):
+    return np.asarray(draw_scene(np.random.default_rng(seed), labels, size, SPRITES, look))
 
 
 @settings(deadline=None, max_examples=60)
@@ -177,6 +179,26 @@ def test_so_many_scenes_of_a_hundred_show_two_things(sprites):
     assert len(parted | {open_images("scenes:9")[0].fingerprint()}) == 2
 
 
+def test_stickers_are_larger_and_leave_less_to_draw(sprites):
+    """Edges between neighbouring pixels, of grounds without things."""
+    def edges(look):
+        grounds = [pixels(replace(labels, objects=()), seed, 64, look).astype(int)
+                   for labels in EVERYWHERE for seed in range(3)]
+        return np.mean([(np.abs(np.diff(each, axis=0)).max(2) > 40).mean() for each in grounds])
+
+    def covered(look):
+        labels = world.Labels(("cat",), "red", None)
+        return np.mean([(np.abs(pixels(labels, seed, 64, look).astype(int) - pixels(
+            replace(labels, objects=()), seed, 64, look)).max(2) > 8).mean() for seed in range(20)])
+
+    assert edges(STICKERS) < 0.95 * edges(PLAIN)
+    assert covered(STICKERS) > 1.1 * covered(PLAIN)
+    source, _ = open_images("scenes:3,stickers")
+    assert source.look == STICKERS and open_images("scenes:3")[0].look == PLAIN
+    assert source.fingerprint() != open_images("scenes:3")[0].fingerprint()
+    assert source.image(0).tobytes() != open_images("scenes:3")[0].image(0).tobytes()
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([3, 12, 64]), st.sampled_from([0, 35, 100]))
 def test_a_family_differs_in_little(start, objects, pairs):
@@ -186,6 +208,8 @@ def test_a_family_differs_in_little(start, objects, pairs):
     assert not any(world.is_held_out(each) for each in family)
     assert base == Scenes(range(4 * start, 4 * start + 1), objects, pairs=pairs).drawn_labels(0)
     assert (other.place, other.time) == (third.place, third.time) == (base.place, base.time)
+    if objects == 3:  # where all others may be held out
+        return
     assert other.objects[:-1] == base.objects[:-1] and other.objects[-1] not in base.objects
     assert third.objects == base.objects[::-1] if len(set(base.objects)) == 2 else (
         third.objects[0] == base.objects[0] != third.objects[1])

@@ -87,7 +87,7 @@ def test_a_caption_of_equal_labels_is_found_too():
 
 
 def test_what_things_change_is_told_from_the_ground(monkeypatch):
-    monkeypatch.setattr(scenes, "emoji_sprites", lambda: SPRITES)
+    monkeypatch.setattr(scenes, "emoji_sprites", lambda edged=False: SPRITES)
     drawn = Scenes(range(6), 12, 64, pairs=50)
     pixels, changes = nats.with_masks(drawn)
     for i, (each, mask) in enumerate(zip(pixels, changes, strict=True)):

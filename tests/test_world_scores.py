@@ -15,6 +15,8 @@ OBJECTS = 12
 class Reader:
     """Says yes of an image's red, green and blue for object, place and time."""
 
+    look = None
+
     def right(self, pixels, labels):
         red, green, blue = (pixels[:, k].mean((1, 2)) > 0.5 for k in range(3))
         return {"objects": red.tolist(), "place": green.tolist(),
@@ -54,7 +56,7 @@ def test_texts_of_one_and_of_two_objects_are_counted_apart(capsys):
 
 
 def test_pairs_and_conditions_are_compared_with_one_candidate_each(monkeypatch):
-    monkeypatch.setattr(world_scores, "draw_labelled", lambda labels, size, seed: torch.full(
+    monkeypatch.setattr(world_scores, "draw_labelled", lambda labels, size, seed, look: torch.full(
         (len(labels), 3, size, size), 9, dtype=torch.uint8))
     ones, asked = held_out_labels(8, OBJECTS, 0), []
     prompts = Prompts(ones, [], [""] * 8)

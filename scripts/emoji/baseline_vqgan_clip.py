@@ -111,7 +111,8 @@ def main(arguments: list[str] | None = None) -> dict:
         if unknown := unknown_words(model, texts):
             raise ValueError("this bundle was not trained on the world of the default one, its "
                              f"CLIP never saw {unknown[0]!r}: give weights/emoji")
-        real = draw_labelled(labels, model.vqgan.config.image_size, [a.seed, 7])
+        real = draw_labelled(labels, model.vqgan.config.image_size, [a.seed, 7],
+                             judge.look)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     for module in (model.clip, model.vqgan):

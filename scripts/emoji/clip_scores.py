@@ -1,6 +1,6 @@
 """What a CLIP of the default world tells apart: measured on renders that it never saw.
 
-    python -m scripts.emoji.clip_scores weights/emoji [--objects 64] [--count 1000]
+    python -m scripts.emoji.clip_scores weights/emoji [--objects 40] [--count 1000] [--stickers]
 
 retrieval_one, retrieval_two   share of scenes of one or two things whose nearest caption of 100 is
                   their own (or says the same), among captions of as many things.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from clipgen.clip import CLIP
 from scripts.data.dataset import stack_views
+from scripts.emoji.painter import PLAIN, STICKERS, Look
 from scripts.emoji.scenes import Scenes
 from scripts.emoji.world import FAMILY, OBJECTS, PAIR_SHARE, Labels, write_caption
 from scripts.training.cli import number, one_sentence, positive
@@ -81,11 +82,11 @@ def score_auc(parts: list[Tensor], labels: list[Labels]) -> float:
     return wins / total
 
 
-def both_read(clip: CLIP, objects: int, count: int, first: int = FIRST + 10**6,
+def both_read(clip: CLIP, objects: int, count: int, look: Look, first: int = FIRST + 10**6,
               steps: int = 3000) -> float:
     """Share of held-back scenes of two kinds of things of which a network of one hidden layer,
     trained on the embeddings of 20 times as many others, finds both the surest."""
-    scenes = Scenes(range(first, first + 21 * count), objects, pairs=100)
+    scenes = Scenes(range(first, first + 21 * count), objects, pairs=100, look=look)
     images, labels = embedded(clip, scenes)
     names = list(OBJECTS)[:objects]
     targets = torch.zeros(len(labels), objects)
@@ -109,30 +110,33 @@ def both_read(clip: CLIP, objects: int, count: int, first: int = FIRST + 10**6,
                for found, i in zip(sure, two, strict=True)) / len(two)
 
 
-def scores(clip: CLIP, objects: int, count: int) -> dict[str, float]:
+def scores(clip: CLIP, objects: int, count: int, look: Look) -> dict[str, float]:
     found = {}
     for name, pairs in (("retrieval_one", 0), ("retrieval_two", 100)):
-        images, labels = embedded(clip, Scenes(range(FIRST, FIRST + count), objects, pairs=pairs))
+        images, labels = embedded(clip, Scenes(range(FIRST, FIRST + count), objects, pairs=pairs,
+                                               look=look))
         found[name] = retrieval(similarities(clip, images, labels, AMONG), labels)
     family = Scenes(range(FIRST, FIRST + count // FAMILY * FAMILY), objects, families=True,
-                    pairs=round(100 * PAIR_SHARE))
+                    pairs=round(100 * PAIR_SHARE), look=look)
     images, labels = embedded(clip, family)
     parts = similarities(clip, images, labels, FAMILY)
     return found | {"retrieval_family": retrieval(parts, labels),
                     "score_auc": score_auc(parts, labels),
-                    "both_read": both_read(clip, objects, count)}
+                    "both_read": both_read(clip, objects, count, look)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     p = argparse.ArgumentParser(prog="python -m scripts.emoji.clip_scores", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("clip")
-    p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=64)
+    p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=40)
     p.add_argument("--count", type=positive, default=1000)
+    p.add_argument("--stickers", action="store_true", help="scenes of that look")
     a = p.parse_args(arguments)
+    look = STICKERS if a.stickers else PLAIN
     with one_sentence():
         return {name: round(value, 4) for name, value in
-                scores(load_clip(a.clip), a.objects, a.count).items()}
+                scores(load_clip(a.clip), a.objects, a.count, look).items()}
 
 
 if __name__ == "__main__":

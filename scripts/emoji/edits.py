@@ -50,7 +50,7 @@ def images_of(model: ClipGen, requests: Sequence[dict[str, Any]], candidates: in
 def scores(model: ClipGen, judge: Judge, objects: int, count: int, candidates: int,
            seed: int) -> dict[str, float]:
     labels = held_out_labels(count, objects, seed)
-    pixels = draw_labelled(labels, model.vqgan.config.image_size, [seed, 9])
+    pixels = draw_labelled(labels, model.vqgan.config.image_size, [seed, 9], judge.look)
     pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
 
     def right(requests: list[dict[str, Any]], wanted: Sequence[Labels],

@@ -1,7 +1,7 @@
 """The judge of the default bundle's world: a classifier of objects, place and time, without CLIP.
 
-    python -m scripts.emoji.judge --train --objects 40 [--steps 4000]  writes judge.safetensors
-    python -m scripts.emoji.judge                                  scores it on 4,000 new renders
+    python -m scripts.emoji.judge --train --objects 40 [--stickers]    writes judge.safetensors
+    python -m scripts.emoji.judge                           scores it on 4,000 new renders
 
 It learns from fresh renders with augmentation and has seen no generated image.
 """
@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scripts.emoji.painter import PLAIN, STICKERS, Look
 from scripts.emoji.scenes import Scenes, draw_scene, emoji_sprites, find_font
 from scripts.emoji.world import COLOURS, OBJECTS, PLACES, TIMES, Labels
 from scripts.training.cli import number, positive
@@ -38,9 +39,9 @@ class Judge(nn.Module):
     """Pixels (N, 3, S, S) in [0, 1] to logits: "objects" (N, O), of which several may be there,
     "place" (N, 21) and "time" (N, 4), of which one is."""
 
-    def __init__(self, objects: int):
+    def __init__(self, objects: int, look: Look = PLAIN):
         super().__init__()
-        self.objects = list(OBJECTS)[:objects]
+        self.objects, self.look = list(OBJECTS)[:objects], look
         widths = ((3, 32, 2), (32, 64, 1), (64, 96, 2), (96, 128, 1), (128, 160, 2),
                   (160, 160, 1))
         self.features = nn.Sequential(*(
@@ -123,7 +124,8 @@ def share_right(verdicts: Sequence[bool | None]) -> float:
 def load_judge() -> Judge:
     """The committed judge."""
     with safe_open(WEIGHTS, "pt") as file:
-        judge = Judge(int(file.metadata()["objects"]))
+        facts = file.metadata()
+        judge = Judge(int(facts["objects"]), STICKERS if facts.get("stickers") else PLAIN)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return judge.eval()
@@ -135,16 +137,17 @@ def _render(i: int, scenes: Scenes) -> np.ndarray:
 
 def renders(scenes: Scenes) -> tuple[Tensor, list[Labels]]:
     """All of them: pixels uint8 (N, 3, S, S), drawn by all cores, and their labels."""
-    emoji_sprites()
+    emoji_sprites(scenes.look.edged)
     with multiprocessing.get_context("fork").Pool() as pool:
         made = pool.map(functools.partial(_render, scenes=scenes), range(len(scenes)), 64)
     pixels = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
     return pixels, [scenes.drawn_labels(i) for i in range(len(scenes))]
 
 
-def draw_labelled(labels: Sequence[Labels], size: int, seed: Sequence[int]) -> Tensor:
+def draw_labelled(labels: Sequence[Labels], size: int, seed: Sequence[int],
+                  look: Look = PLAIN) -> Tensor:
     """A fresh render of each: pixels uint8 (N, 3, size, size)."""
-    made = [np.asarray(draw_scene(np.random.default_rng([*seed, i]), each, size))
+    made = [np.asarray(draw_scene(np.random.default_rng([*seed, i]), each, size, look=look))
             for i, each in enumerate(labels)]
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
 
@@ -169,18 +172,19 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def score_on_renders(judge: Judge, count: int, first: int = FRESH_SEED,
                      size: int = SIZE) -> dict[str, float]:
     """Shares right on new renders of that size and any combination, held out or not."""
-    scenes = Scenes(range(first, first + count), len(judge.objects), size, held_out=None)
+    scenes = Scenes(range(first, first + count), len(judge.objects), size, held_out=None,
+                    look=judge.look)
     pixels, labels = renders(scenes)
     pixels = pixels.float() / 255
     shares = {q: share_right(hits) for q, hits in judge.right(pixels, labels).items()}
     return shares | {"sides": share_right(judge.sides_right(pixels, labels))}
 
 
-def train(objects: int, steps: int, batch: int, count: int) -> Judge:
+def train(objects: int, look: Look, steps: int, batch: int, count: int) -> Judge:
     pixels, labels = renders(Scenes(range(FIRST_SEED, FIRST_SEED + count), objects, SIZE,
-                                    held_out=None))
+                                    held_out=None, look=look))
     torch.manual_seed(0)
-    judge = Judge(objects)
+    judge = Judge(objects, look)
     targets = judge.targets(labels)
     average, optimizer = EMA(judge, 0.995), adamw(judge, 2e-3, 0.05)
     for step in range(steps):
@@ -208,6 +212,7 @@ def main() -> None:
     p.add_argument("--train", action="store_true", help="train it anew; without this it is scored")
     p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=40,
                    help="how many of the world's objects it learns (40)")
+    p.add_argument("--stickers", action="store_true", help="of the look of that name")
     p.add_argument("--steps", type=positive, default=4000)
     p.add_argument("--batch", type=positive, default=64)
     p.add_argument("--renders", type=positive, default=40000)
@@ -217,10 +222,11 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if a.train:
-        judge = train(a.objects, a.steps, a.batch, a.renders)
+        look = STICKERS if a.stickers else PLAIN
+        judge = train(a.objects, look, a.steps, a.batch, a.renders)
         save_file({k: v.half() if v.is_floating_point() else v
                    for k, v in judge.state_dict().items()}, WEIGHTS,
-                  {"objects": str(a.objects)})
+                  {"objects": str(a.objects)} | ({"stickers": "yes"} if a.stickers else {}))
     print(json.dumps({"judge_on_renders": score_on_renders(load_judge(), 4000)}))
 
 

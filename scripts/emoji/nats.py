@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen import ClipGen
+from scripts.emoji.judge import load_judge
 from scripts.emoji.scenes import Scenes, draw_scene
 from scripts.emoji.stranger import things_of
 from scripts.training.cli import one_sentence, positive
@@ -38,7 +39,8 @@ def with_masks(scenes: Scenes) -> tuple[Tensor, Tensor]:
     drawn = []
     for i, seed in enumerate(scenes.seeds):
         labels = scenes.drawn_labels(i)
-        drawn.append([np.asarray(draw_scene(np.random.default_rng([seed, 2]), each, scenes.size))
+        drawn.append([np.asarray(draw_scene(np.random.default_rng([seed, 2]), each, scenes.size,
+                                       look=scenes.look))
                       for each in (labels, replace(labels, objects=()))])
     pixels = torch.from_numpy(np.array(drawn)).permute(0, 1, 4, 2, 3)  # (N, 2, 3, S, S)
     changes = (pixels[:, 0].int() - pixels[:, 1].int()).abs().amax(1) > CHANGED
@@ -89,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     with one_sentence():
         model = ClipGen.load(a.weights, device="cpu", dtype=torch.float32)
         scenes = Scenes(range(FIRST, FIRST + a.count), things_of(model),
-                        model.vqgan.config.image_size)
+                        model.vqgan.config.image_size, look=load_judge().look)
         pixels, changes = with_masks(scenes)
         values = nats(model, pixels)
         if a.out:

@@ -5,6 +5,8 @@ All lengths are shares of the picture's side, from its top left corner.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -18,11 +20,61 @@ LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.78, 0.68), "night": (0.42, 0.
          "rain": (0.68, 0.74, 0.8), None: (1.0, 1.0, 1.0)}
 
 
+WAVES = ((0.86, 0.9, (24, 96, 168)), (0.93, 0.96, (16, 78, 146)))  # in front of things in the sea
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How scenes look: how large things are, and how much else there is.  Counts: least and most.
+
+    The more there is that nobody asks for, the more a GPT must spend on it.
+    """
+
+    edged: bool = False  # things have a white edge, as stickers have
+    thing: float = 0.6  # longer side of one thing, and of each of two
+    pair: float = 0.43
+    spread: tuple[float, float] = (0.14, 0.03)  # of the place of one thing, and of each of two
+    sides: tuple[float, float] = (0.27, 0.73)  # where two things are
+    feet: Range = (0.84, 0.93)
+    jitter: float = 0.12  # of sizes
+    tilt: float = 6  # degrees
+    shade: float = 0.4  # exponent of the light that falls on things: less is brighter
+    behind: bool = False  # rain and snow fall behind the things
+    stars: tuple[int, int] = (18, 36)
+    stars_of_moon: tuple[int, int] = (40, 40)
+    star: Range = (0.004, 0.01)
+    flakes: tuple[int, int] = (14, 24)
+    flake: Range = (0.006, 0.012)
+    drops: tuple[int, int] = (24, 30)  # outside, and behind a window
+    drop: Range = (0.04, 0.07)
+    drop_width: float = 0.007
+    waves: int = 2  # in front of things in the sea
+    grains: int = 14  # on the beach
+    flowers: tuple[int, int] = (30, 30)
+    flower: Range = (0.01, 0.018)
+    straws: int = 24
+    craters: tuple[int, int] = (7, 11)
+    pane: Range = (0.025, 0.035)  # width and height of windows
+    lit_panes: float = 0.6
+
+
+PLAIN = Look()
+STICKERS = Look(
+    edged=True, thing=0.68, pair=0.46, spread=(0.1, 0.02), sides=(0.26, 0.74), feet=(0.88, 0.94),
+    jitter=0.08, tilt=4, shade=0.25, behind=True, stars=(7, 12), stars_of_moon=(10, 14),
+    star=(0.008, 0.013), flakes=(8, 12), flake=(0.009, 0.014), drops=(12, 12), drop=(0.08, 0.11),
+    drop_width=0.011, waves=1, grains=0, flowers=(7, 10), flower=(0.018, 0.026), straws=0,
+    craters=(5, 7), pane=(0.035, 0.05), lit_panes=1)
+
+
 class Painter:
     """Draws one place at one time on a square canvas of side `s`."""
 
-    def __init__(self, rng: np.random.Generator, s: int, place: str, time: str | None):
-        self.rng, self.s, self.time = rng, s, time
+    def __init__(self, rng: np.random.Generator, s: int, place: str, time: str | None,
+                 look: Look = PLAIN):
+        self.rng, self.s, self.time, self.look = rng, s, time, look
         if place in COLOURS:
             self.image = self.plain(COLOURS[place])
             self.draw = ImageDraw.Draw(self.image)
@@ -38,7 +90,7 @@ class Painter:
 
     def count(self, low: int, high: int) -> range:
         """So many times: from low to high."""
-        return range(self.rng.integers(low, high + 1))
+        return range(low if low == high else self.rng.integers(low, high + 1))
 
     def lit(self, rgb: Colour, spread: int = 10) -> Colour:
         """A colour under this time's light, jittered."""
@@ -90,8 +142,8 @@ class Painter:
             for _ in self.count(0, 2):
                 self.cloud(self.u(0.06, 0.3), (244, 150, 140))
         elif self.time == "night":
-            for _ in self.count(7, 12):
-                self.dot(self.u(0, 1), self.u(0, 0.4), self.u(0.008, 0.013), (236, 238, 255))
+            for _ in self.count(*self.look.stars):
+                self.dot(self.u(0, 1), self.u(0, 0.5), self.u(*self.look.star), (236, 238, 255))
             x, y, r = self.u(0.1, 0.9), self.u(0.08, 0.2), self.u(0.05, 0.075)
             self.dot(x, y, r, (246, 242, 214))
             if self.rng.random() < 0.5:  # a crescent
@@ -108,26 +160,28 @@ class Painter:
                      size * self.u(0.025, 0.05), colour)
 
     def falling(self, place: str) -> None:
-        """Rain and snow, behind the objects: in front they would hide what is asked for."""
+        """Rain and snow."""
+        self.draw, look = ImageDraw.Draw(self.image), self.look
         if place == "snow":
-            for _ in self.count(8, 12):
-                self.dot(self.u(0, 1), self.u(0, 0.6), self.u(0.009, 0.014), (250, 252, 255))
+            for _ in self.count(*look.flakes):
+                self.dot(self.u(0, 1), self.u(0, 1), self.u(*look.flake), (250, 252, 255))
         if self.time == "rain" and place != "kitchen":
-            self.drops(0, 0.1, 1, 0.9, 12)
+            self.drops(0, 0, 1, 1, look.drops[0])
 
     def front(self, place: str) -> None:
-        """What is in front of the objects."""
+        """Waves in front of the objects."""
         self.draw = ImageDraw.Draw(self.image)
         if place == "sea":
-            self.hills(self.u(0.9, 0.93), 0.015, (24, 96, 168), 12)
+            for low, high, rgb in WAVES[-self.look.waves:]:
+                self.hills(self.u(low, high), 0.015, rgb, 12)
 
     def drops(self, x0: float, y0: float, x1: float, y1: float, count: int) -> None:
-        s = self.s
+        s, look = self.s, self.look
         for _ in range(count):
             x, y = self.u(x0, x1), self.u(y0, y1 - 0.05 * (y1 - y0))
-            length = self.u(0.08, 0.11) * (y1 - y0)
+            length = self.u(*look.drop) * (y1 - y0)
             self.draw.line([x * s, y * s, (x - 0.3 * length) * s, (y + length) * s],
-                           fill=(196, 208, 224), width=max(1, round(0.011 * s)))
+                           fill=(196, 208, 224), width=max(1, round(look.drop_width * s)))
 
     def beach(self) -> None:
         horizon, shore = self.u(0.4, 0.48), self.u(0.6, 0.68)
@@ -139,6 +193,9 @@ class Painter:
         self.hills(shore + 0.01, 0.015, (240, 212, 150), 9)
         if self.rng.random() < 0.6:
             self.palm(*self.rng.choice([[0.09, -1], [0.91, 1]]), shore + self.u(0.02, 0.08))
+        for _ in range(self.look.grains):
+            self.dot(self.u(0, 1), self.u(shore + 0.08, 1), self.u(0.004, 0.01),
+                     self.lit((205, 172, 112)))
 
     def palm(self, x: float, side: float, base: float) -> None:
         top, lean = base - self.u(0.36, 0.48), -0.06 * side
@@ -192,9 +249,9 @@ class Painter:
                 self.dot(x + r * dx, y + r * dy, r, self.lit((64, 146, 64)))
         self.hills(ground + 0.03, 0.03, (92, 170, 62), 5)
         blooms = ((255, 244, 250), (255, 226, 74), (238, 90, 120), (190, 110, 220))
-        for _ in self.count(7, 10):
+        for _ in self.count(*self.look.flowers):
             x, y = self.u(0, 1), self.u(ground + 0.08, 1)
-            self.dot(x, y, self.u(0.018, 0.026), self.lit(blooms[self.rng.integers(4)]))
+            self.dot(x, y, self.u(*self.look.flower), self.lit(blooms[self.rng.integers(4)]))
 
     def mountains(self) -> None:
         ground = self.u(0.58, 0.66)
@@ -243,10 +300,13 @@ class Painter:
             wide, top = self.u(0.12, 0.22), self.u(0.12, 0.44)
             grey = self.rng.integers(90, 170)
             self.box(x, top, x + wide, street, self.lit((grey, grey - 6, grey + 14)))
-            pane = (190, 216, 236) if self.time == "day" else (255, 226, 120)
-            for wx in np.arange(x + 0.025, x + wide - 0.04, 0.065):
-                for wy in np.arange(top + 0.03, street - 0.06, 0.09):
-                    self.box(wx, wy, wx + 0.035, wy + 0.05, pane)
+            across, down = self.look.pane
+            for wx in np.arange(x + 0.025, x + wide - across - 0.005, 2 * across):
+                for wy in np.arange(top + 0.03, street - down - 0.015, 2 * down):
+                    glow = (255, 226, 120) if self.rng.random() < self.look.lit_panes else (
+                        60, 60, 84)
+                    pane = (190, 216, 236) if self.time == "day" else glow
+                    self.box(wx, wy, wx + across, wy + down, pane)
             x += wide + self.u(0, 0.02)
         self.box(0, street, 1, street + 0.05, self.lit((176, 172, 168)))
         self.box(0, street + 0.05, 1, 1, self.lit((82, 82, 90)))
@@ -258,7 +318,7 @@ class Painter:
         """Indoors: the time shows in the window, and in the light."""
         table = self.u(0.64, 0.72)
         if self.time == "rain":
-            self.drops(0, 0, 1, 0.6, 12)
+            self.drops(0, 0, 1, 0.6, self.look.drops[1])
         walls = ((250, 226, 176), (206, 232, 222), (246, 204, 196), (214, 222, 246))
         wall = self.lit(walls[self.rng.integers(len(walls))])
         x0, x1 = self.u(0.06, 0.2), self.u(0.8, 0.94)
@@ -297,6 +357,9 @@ class Painter:
             self.box(0, ground + y, 1, ground + y + 0.014, self.lit((240, 236, 226), 4))
         for post in np.arange(self.u(0, 0.1), 1, 0.14):
             self.box(post, ground + 0.03, post + 0.02, ground + 0.16, self.lit((240, 236, 226), 4))
+        for _ in range(self.look.straws):
+            x, y = self.u(0, 1), self.u(ground + 0.18, 1)
+            self.box(x, y, x + 0.01, y + 0.04, self.lit((196, 152, 56)))
 
     def volcano(self) -> None:
         ground, x, top = self.u(0.6, 0.68), self.u(0.25, 0.75), self.u(0.2, 0.28)
@@ -319,8 +382,8 @@ class Painter:
             self.dot(px, py, 0.6 * r, (255, 176, 60), 0.25)
 
     def moon(self) -> None:
-        for _ in self.count(10, 14):
-            self.dot(self.u(0, 1), self.u(0, 0.55), self.u(0.008, 0.013), (240, 240, 255))
+        for _ in self.count(*self.look.stars_of_moon):
+            self.dot(self.u(0, 1), self.u(0, 0.62), self.u(*self.look.star), (240, 240, 255))
         x, y, r = self.u(0.12, 0.88), self.u(0.12, 0.22), self.u(0.08, 0.11)  # the Earth
         self.dot(x, y, r, (60, 120, 220))
         for _ in range(3):
@@ -328,7 +391,7 @@ class Painter:
         ground = self.u(0.58, 0.66)
         self.hills(ground - 0.03, 0.03, (132, 132, 138), 6)
         self.hills(ground + 0.04, 0.02, (176, 176, 180), 5)
-        for _ in self.count(5, 7):
-            x, y, r = self.u(0, 1), self.u(ground + 0.1, 0.98), self.u(0.04, 0.07)
+        for _ in self.count(*self.look.craters):
+            x, y, r = self.u(0, 1), self.u(ground + 0.1, 0.98), self.u(0.03, 0.07)
             self.dot(x, y, r, self.lit((128, 128, 134)), 0.45)
             self.dot(x, y + 0.1 * r, 0.85 * r, self.lit((152, 152, 157)), 0.4)

@@ -2,12 +2,13 @@
 
 An image source for every script of this folder, drawn when asked for:
 
-    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=35][,held-out][,families][,keep]
+    scenes:COUNT[,objects=N][,size=64][,first=0][,pairs=35][,held-out][,families][,stickers][,keep]
 
 COUNT scenes of a world with the first N objects (default: all), by seeds from `first` on; `pairs`
 of a hundred show two things.  One (object, place) in ten is held out: it appears only with
 `held-out`, where every scene has such a pair.  With `families`, four seeds that follow each other
 show almost the same (`world.relative`): hard negatives for a CLIP (`train_clip --together 4`).
+With `stickers` things are larger and have a white edge, and less else is drawn (`painter.Look`).
 With `keep` all are drawn at once, on all cores, and kept in memory, for who sees each many times;
 each process that trains has its own.  `train_clip` learns from the captions; `encode_images` embeds
 some, to measure the gap between texts and images with, and for `train_gpt --subtract-means`.
@@ -32,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
-from scripts.emoji.painter import LIGHT, Painter
+from scripts.emoji.painter import LIGHT, PLAIN, STICKERS, Look, Painter
 from scripts.emoji.world import (
     FAMILY,
     OBJECTS,
@@ -49,7 +50,7 @@ Sprites = Mapping[str, Image.Image]  # object name -> RGBA picture
 OUTLINE = 4  # pixels of a glyph of about 120
 SMOOTH = 2  # drawn at so many times the size, then reduced
 MOST_SEEDS = 2**40
-WORDS = ("held-out", "families", "keep")  # of a source, without a value
+WORDS = ("held-out", "families", "stickers", "keep")  # of a source, without a value
 
 
 def find_font() -> Path:
@@ -66,8 +67,11 @@ def find_font() -> Path:
 
 
 @functools.cache
-def emoji_sprites() -> Sprites:
-    """Every object's glyph, cropped to its ink (the font's bitmaps exist at size 109 alone)."""
+def emoji_sprites(edged: bool = False) -> Sprites:
+    """Every object's glyph, cropped to its ink (the font's bitmaps exist at size 109 alone).
+
+    edged: as `outlined` makes them.
+    """
     path = find_font()
     font = ImageFont.truetype(str(path), 109)
     sprites = {}
@@ -78,7 +82,7 @@ def emoji_sprites() -> Sprites:
         if box is None:
             raise ValueError(f"the font {path} has no glyph for {name}; use a current "
                              "NotoColorEmoji.ttf")
-        sprites[name] = outlined(canvas.crop(box))
+        sprites[name] = outlined(canvas.crop(box)) if edged else canvas.crop(box)
     return sprites
 
 
@@ -97,36 +101,43 @@ def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
     With a shadow; size, place, tilt and mirror vary.
     """
     s, image = painter.s, painter.image
-    side = painter.u(0.92, 1.08) * scale * s
+    look = painter.look
+    side = painter.u(1 - look.jitter, 1 + look.jitter) * scale * s
     if painter.rng.random() < 0.5:
         sprite = ImageOps.mirror(sprite)
     ratio = side / max(sprite.size)
     sprite = sprite.resize([max(1, round(d * ratio)) for d in sprite.size], Image.Resampling.BOX)
-    sprite = sprite.rotate(painter.u(-4, 4), Image.Resampling.BILINEAR, expand=True)
-    x, feet = (x + painter.u(-spread, spread)) * s, painter.u(0.88, 0.94) * s
+    sprite = sprite.rotate(painter.u(-look.tilt, look.tilt), Image.Resampling.BILINEAR, expand=True)
+    x, feet = (x + painter.u(-spread, spread)) * s, painter.u(*look.feet) * s
     w, h = sprite.size
     shade = Image.new("L", image.size)
     ImageDraw.Draw(shade).ellipse([x - 0.42 * w, feet - 0.035 * s, x + 0.42 * w, feet + 0.03 * s],
                                   fill=90)
     image.paste((20, 20, 40), mask=shade)
     # Objects are lit less than the ground, so that they stay readable at night.
-    tint = tuple(round(255 * k ** 0.25) for k in LIGHT[painter.time])
+    tint = tuple(round(255 * k ** look.shade) for k in LIGHT[painter.time])
     rgb = ImageChops.multiply(sprite.convert("RGB"), Image.new("RGB", sprite.size, tint))
     image.paste(rgb, (round(x - w / 2), round(feet - h)), sprite.getchannel("A"))
 
 
 def draw_scene(rng: np.random.Generator, labels: Labels, size: int,
-               sprites: Sprites | None = None) -> Image.Image:
+               sprites: Sprites | None = None, look: Look = PLAIN) -> Image.Image:
     """A picture (RGB, `size` pixels a side) of what the labels say; no two are alike."""
-    sprites = sprites or emoji_sprites()
-    painter = Painter(rng, SMOOTH * size, labels.place, labels.time)
-    painter.falling(labels.place)
+    sprites = sprites or emoji_sprites(look.edged)
+    painter = Painter(rng, SMOOTH * size, labels.place, labels.time, look)
+    if look.behind:
+        painter.falling(labels.place)
+    # Things have numbers of their own: without them the rest of a scene is the same.
+    painter.rng = np.random.default_rng(rng.integers(2**63))
     if len(labels.objects) == 1:
-        place_object(painter, sprites[labels.objects[0]], 0.5, 0.1, 0.68)
+        place_object(painter, sprites[labels.objects[0]], 0.5, look.spread[0], look.thing)
     elif labels.objects:
-        for x, name in zip((0.26, 0.74), labels.objects, strict=True):
-            place_object(painter, sprites[name], x, 0.02, 0.46)
+        for x, name in zip(look.sides, labels.objects, strict=True):
+            place_object(painter, sprites[name], x, look.spread[1], look.pair)
+    painter.rng = rng
     painter.front(labels.place)
+    if not look.behind:
+        painter.falling(labels.place)
     return painter.image.reduce(SMOOTH)
 
 
@@ -140,6 +151,7 @@ class Scenes:
     held_out: bool | None = False  # None: whatever comes
     pairs: int = round(100 * PAIR_SHARE)  # in a hundred: scenes of two things
     families: bool = False
+    look: Look = PLAIN
     drawn: np.ndarray | None = field(default=None, repr=False, compare=False)  # uint8 (N, S, S, 3)
 
     @classmethod
@@ -147,13 +159,13 @@ class Scenes:
         """Of what follows `scenes:`.  ValueError: it is not as the module says."""
         count, *rest = text.split(",")
         values = dict(objects=len(OBJECTS), size=64, first=0, pairs=cls.pairs)
-        held_out, families, keep = (word in rest for word in WORDS)
+        held_out, families, stickers, keep = (word in rest for word in WORDS)
         for part in rest:
             name, equals, value = part.partition("=")
             known = name in values and re.fullmatch("[0-9]{1,9}", value)
             if part not in WORDS and not known:
                 raise ValueError(f"scenes:{text}: {part!r} is none of objects=N, size=N, first=N, "
-                                 "pairs=PERCENT, held-out, families and keep")
+                                 "pairs=PERCENT, held-out, families, stickers and keep")
             if equals:
                 values[name] = int(value)
         if not re.fullmatch("[0-9]{1,9}", count) or not int(count):
@@ -168,7 +180,7 @@ class Scenes:
             raise ValueError(f"scenes:{text}: families of {FAMILY} begin at a multiple of it, not "
                              f"at first={first}")
         scenes = cls(range(first, first + int(count)), held_out=held_out, families=families,
-                     **values)
+                     look=STICKERS if stickers else PLAIN, **values)
         return replace(scenes, drawn=scenes.draw_all()) if keep else scenes
 
     def draw_all(self) -> np.ndarray:
@@ -200,10 +212,11 @@ class Scenes:
             if self.wanted(labels):
                 break
         rng = np.random.default_rng([self.seeds[i], 4])
-        while True:
+        for _ in range(100):  # of a small world, all others in this place may be held out
             other = relative(rng, labels, which, self.objects)
             if self.wanted(other):
                 return other
+        return labels
 
     def wanted(self, labels: Labels) -> bool:
         return self.held_out is None or is_held_out(labels) == self.held_out
@@ -212,7 +225,7 @@ class Scenes:
         if self.drawn is not None:
             return Image.fromarray(self.drawn[i])
         return draw_scene(np.random.default_rng([self.seeds[i], 2]), self.drawn_labels(i),
-                          self.size)
+                          self.size, look=self.look)
 
     def captions(self, i: int) -> list[str]:
         """Four whole ones, and one that leaves time, or time and place, unsaid."""
@@ -231,7 +244,8 @@ class Scenes:
     def fingerprint(self) -> str:
         first, last = self.seeds[0], self.seeds[-1]
         return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
-                f"held out: {self.held_out}, pairs: {self.pairs}, families: {self.families}")
+                f"held out: {self.held_out}, pairs: {self.pairs}, families: {self.families}, "
+                f"stickers: {self.look.edged}")
 
 
 def main() -> None:
@@ -240,13 +254,15 @@ def main() -> None:
     p.add_argument("out", type=Path, help="the PNG to write")
     p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=len(OBJECTS))
     p.add_argument("--size", type=positive, default=128, help="pixels a side")
+    p.add_argument("--stickers", action="store_true", help="as the source has it")
     p.add_argument("--first", type=number(int, 0, MOST_SEEDS), default=0, help="seed")
     a = p.parse_args()
     from clipgen.sheet import sheet
 
-    scenes = Scenes(range(a.first, a.first + 64), a.objects, a.size, held_out=None)
+    look = STICKERS if a.stickers else PLAIN
+    scenes = Scenes(range(a.first, a.first + 64), a.objects, a.size, held_out=None, look=look)
     try:
-        emoji_sprites()
+        emoji_sprites(look.edged)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     began = time.perf_counter()

@@ -94,7 +94,7 @@ def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample,
     unseen = share_right(judge.right(first[:n].float() / 255, prompts.ones)["objects"])
     moved = with_seen_places(prompts.ones, seed)
     seen = right(texts_of(moved, seed), moved)
-    of_images = right(draw_labelled(prompts.ones, size, [seed, 5]), prompts.ones)
+    of_images = right(draw_labelled(prompts.ones, size, [seed, 5], judge.look), prompts.ones)
     return {"object_right_unseen_pairs": unseen, "object_right_seen_pairs": seen,
             "object_right_of_images": of_images,
             "text_over_image": unseen / max(of_images, 1e-9)}
@@ -114,7 +114,8 @@ def quality_scores(model: ClipGen, judge: Judge, prompts: Prompts, best: Tensor,
         print(f"{n} images are too few for {judge.dimensions} dimensions: the judge's Fréchet "
               "distances are mostly bias, and their ratio is nearer to 1 than it should be",
               file=sys.stderr)
-    originals, others = (draw_labelled(prompts.ones, size, [seed, k]) for k in (6, 7))
+    originals, others = (draw_labelled(prompts.ones, size, [seed, k], judge.look)
+                         for k in (6, 7))
     copies = torch.cat([(model.decode(model.vqgan.encode(part.to(model.clip.device).float() / 255))
                          * 255).round().to("cpu", torch.uint8) for part in originals.split(32)])
     copied, _ = copy_scores(model.vqgan, originals)

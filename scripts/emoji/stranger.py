@@ -30,7 +30,7 @@ from torch import Tensor
 from clipgen import ClipGen
 from clipgen.sheet import sheet
 from scripts.data.files import write_text
-from scripts.emoji.judge import draw_labelled
+from scripts.emoji.judge import draw_labelled, load_judge
 from scripts.emoji.prompts import held_out_labels, texts_of, with_second_object
 from scripts.emoji.world import OBJECTS, Labels
 from scripts.training.cli import number, one_sentence
@@ -65,7 +65,7 @@ def pictures_of(model: ClipGen, kind: str, labels: Sequence[Labels],
         texts = texts_of(list(labels), seed)
         return [model.generate(text, num_images=1, candidates=CANDIDATES, seed=seed)[0].image
                 for text in texts]
-    pixels = draw_labelled(labels, size, [seed, 8])
+    pixels = draw_labelled(labels, size, [seed, 8], load_judge().look)
     if kind == "copies":
         pixels = torch.cat([copied(model, part) for part in pixels.split(16)])
     return [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]

@@ -65,7 +65,7 @@ class Preset:
 FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
     "cpu": Preset(  # a GAN of so few steps draws dots along the white edges
-        "objects=64", 128, 200_000,
+        "objects=64,stickers", 128, 200_000,
         clip={"size": 64, "steps": 2600, "batch": 128},
         vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
@@ -73,7 +73,7 @@ PRESETS = {
         gpt={"layers": 6, "width": 192, "heads": 6, "steps": 4200, "batch": 16, "lr": 5e-3},
         decoder={"steps": 3000, "batch": 4, "gan": 0}),
     "gpu": Preset(
-        "objects=244", 128, 400_000,
+        "objects=244,stickers", 128, 400_000,
         clip={"size": 128, "batch": 512, **FAST},
         vqgan={"channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
                "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},

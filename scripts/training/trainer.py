@@ -82,7 +82,7 @@ def start(dtype: str, seed: int) -> Accelerator:
                                           else threading.__excepthook__(fault))
     torch.manual_seed(seed)
     # Numbers too small for float32's normal form take a CPU a hundred times as long.  Late in a
-    # training gradients are full of them: a VQGAN's step took 2.8 times as long.
+    # training gradients are full of them: a VQGAN's step took 3.2 times as long.
     torch.set_flush_denormal(True)
     # One process may work while the others wait: it fetches CLIP, or evaluates.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
