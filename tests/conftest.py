@@ -3,8 +3,10 @@ here, for some send it."""
 
 import os
 import signal
+import sys
 
 import hypothesis
+import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -14,3 +16,11 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # No assertion about time: a busy machine is no fault.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """A training in this process takes them as zero from then on; the next test has them again."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
