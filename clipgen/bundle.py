@@ -18,7 +18,7 @@ import json
 import os
 import stat
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -250,6 +250,15 @@ def _line(error: object, length: int = 200) -> str:
     return "".join(c if c.isprintable() else "?" for c in line[:length])
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in an object of JSON."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+
+
 def _parse(value: Any, hint: Any, where: str) -> Any:
     """A JSON value as the type `hint`: dataclasses have exactly their fields as keys."""
     options = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
@@ -276,7 +285,12 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if kind is int and type(value) is int and abs(value) < 2**63:
         return value
-    if kind in (bool, dict) and type(value) is kind:
+    if kind is dict and type(value) is dict:
+        for number in _numbers(value):
+            if not abs(number) < 2**63:
+                raise ValueError(f"{where} must hold numbers of 64 bits, got {number!r:.60}")
+        return value
+    if kind is bool and type(value) is bool:
         return value
     wanted = {int: "a whole number of 64 bits", float: "a finite number in float32",
               bool: "true or false", dict: "an object", tuple: "a list"}[kind]

@@ -520,6 +520,15 @@ def test_config_is_a_small_regular_file(bundle: Path) -> None:
     refused(bundle, "config.json", "no regular file")
 
 
+@pytest.mark.parametrize("number", [10**400, -2**63, float("nan"), float("inf")])
+def test_numbers_of_the_clips_own_object_are_small_enough(bundle: Path, number: float) -> None:
+    """Its keys are open_clip's, so that no type says what they may be."""
+    for key in ("image_size", "layers", "width", "other"):
+        edit_config(bundle, lambda config, key=key: config["clip"]["model"]["vision_cfg"].update(
+            {key: number}))
+        refused(bundle, "clip.model must hold numbers of 64 bits")
+
+
 def test_an_import_that_fails_is_not_the_bundles_fault(bundle: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip.model", None)
