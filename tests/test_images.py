@@ -1,6 +1,5 @@
 """Reading images: every kind of source and of file, and what training sees of them."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -25,40 +24,7 @@ from scripts.data.dataset import open_parts, refuse_inside
 from scripts.data.images import ENDINGS, draw, split
 from scripts.data.presets import open_images
 from scripts.data.transforms import ViewDataset, all_views, batches, centre_view, order, random_view
-
-
-def encoded(image, kind="PNG", **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
-
-
-def plain(colour, size=(8, 6), kind="PNG"):
-    return encoded(Image.new("RGB", size, colour), kind)
-
-
-def write(folder, files):
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return folder
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
+from tests.made_files import encoded, plain, write, write_tar, write_zip
 
 
 def colours(images):

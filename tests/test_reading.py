@@ -3,11 +3,9 @@
 Expected values are worked out by hand: of 16 bits 32768 / 65535 * 255 = 127.5, rounded 128.
 """
 
-import io
 import multiprocessing
 import pickle
 import struct
-import tarfile
 import zipfile
 import zlib
 
@@ -29,16 +27,7 @@ from scripts.data.presets import open_images
 from scripts.data.reading import PLAIN, Reading
 from scripts.training.cli import parse_settings
 from scripts.training.encoding import EncodeSettings
-
-
-def encoded(image, kind="PNG", **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
-
-
-def plain(colour, size=(8, 6), kind="PNG"):
-    return encoded(Image.new("RGB", size, colour), kind)
+from tests.made_files import encoded, plain, write, write_tar
 
 
 def first_row(data, **options):
@@ -353,22 +342,6 @@ def test_damaged_profiles_still_give_an_image(noise, at):
 
 
 # What counts as an image
-
-
-def write(folder, files):
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
 
 
 def red_of(images):
