@@ -4,6 +4,7 @@ What is killed or stopped is a real process; what a run that went on makes is co
 with an uninterrupted one's.
 """
 
+import argparse
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from accelerate import Accelerator
 from scripts.data.files import Hashing, sha256
 from scripts.data.transforms import order
 from scripts.training import checkpoints, run_directory, trainer
-from scripts.training.cli import Stopped, duration, parse_settings
+from scripts.training.cli import Stopped, add_settings, duration, parse_settings, setting
 from scripts.training.settings import RunSettings
 from tests.processes import (
     FLAGS,
@@ -418,6 +420,17 @@ def test_flags_that_make_no_sense(flag, text, capsys):
         parse_settings(RunSettings, ["--run", "run", f"{flag}={text}"], "")
     said = capsys.readouterr().err
     assert exit.value.code == 2 and f"argument {flag}: '{text}' is no" in said
+
+
+def test_help_says_what_a_setting_says():
+    """argparse fills in what follows a percent sign."""
+    @dataclass
+    class Odd:
+        share: int = setting(3, "10 % shorter and 5%s, %(dest)s")
+
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Odd)
+    assert "10 % shorter and 5%s, %(dest)s (3)" in parser.format_help()
 
 
 def test_times():

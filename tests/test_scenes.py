@@ -199,6 +199,22 @@ def test_stickers_are_larger_and_leave_less_to_draw(sprites):
     assert source.image(0).tobytes() != open_images("scenes:3")[0].image(0).tobytes()
 
 
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, SEEDS, st.sampled_from([("cat",), ("cat", "dog")]))
+def test_stickers_lie_as_codes_do(seed, other, names):
+    """One thing has one size and no tilt, and moves by whole codes: it has the same codes anywhere."""
+    def ink(seed):
+        sprite = Image.new("RGBA", (100, 80), (255, 255, 255, 255))
+        image = draw_scene(np.random.default_rng(seed), world.Labels(names, "red", None), 128,
+                           {"cat": sprite, "dog": Image.new("RGBA", (9, 9))}, STICKERS)
+        rows, columns = np.nonzero((np.asarray(image) == 255).all(2))
+        return rows.min(), columns.min(), np.ptp(rows), np.ptp(columns)
+
+    (y, x, *size), (other_y, other_x, *other_size) = ink(seed), ink(other)
+    assert size == other_size
+    assert (y - other_y) % 8 == (x - other_x) % 8 == 0
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([3, 12, 64]), st.sampled_from([0, 35, 100]))
 def test_a_family_differs_in_little(start, objects, pairs):

@@ -110,6 +110,9 @@ def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
     sprite = sprite.rotate(painter.u(-look.tilt, look.tilt), Image.Resampling.BILINEAR, expand=True)
     x, feet = (x + painter.u(-spread, spread)) * s, painter.u(*look.feet) * s
     w, h = sprite.size
+    if look.grid:  # so that a thing has the same codes wherever it is
+        step = s / look.grid
+        x, feet = (round((x - w / 2) / step) * step + w / 2, round((feet - h) / step) * step + h)
     shade = Image.new("L", image.size)
     ImageDraw.Draw(shade).ellipse([x - 0.42 * w, feet - 0.035 * s, x + 0.42 * w, feet + 0.03 * s],
                                   fill=90)
@@ -245,7 +248,7 @@ class Scenes:
         first, last = self.seeds[0], self.seeds[-1]
         return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
                 f"held out: {self.held_out}, pairs: {self.pairs}, families: {self.families}, "
-                f"stickers: {self.look.edged}")
+                f"stickers: {self.look if self.look.edged else False}")
 
 
 def main() -> None:

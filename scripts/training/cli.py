@@ -89,7 +89,7 @@ def _add_setting(parser: Any, each: Field, prefix: str) -> None:
     text = given["help"]
     if default not in (None, "") and not isinstance(default, bool):
         text = f"{text} ({shown})".strip()
-    options: dict[str, Any] = {"help": argparse.SUPPRESS if prefix else text}
+    options: dict[str, Any] = {"help": argparse.SUPPRESS if prefix else text.replace("%", "%%")}
     if given["positional"]:
         parser.add_argument(each.name, type=given["type"], **options)
         return
