@@ -40,7 +40,7 @@ class Look:
     feet: Range = (0.84, 0.93)
     jitter: float = 0.12  # of sizes
     tilt: float = 6  # degrees
-    grid: int | None = None  # things lie on multiples of such a part of the side, as codes do
+    mirrored: bool = True  # every other thing
     shade: float = 0.4  # exponent of the light that falls on things: less is brighter
     behind: bool = False  # rain and snow fall behind the things
     stars: tuple[int, int] = (18, 36)
@@ -63,8 +63,8 @@ class Look:
 
 PLAIN = Look()
 STICKERS = Look(
-    edged=True, thing=0.68, pair=0.46, spread=(0.1, 0.02), sides=(0.26, 0.74), feet=(0.88, 0.94),
-    jitter=0, tilt=0, grid=16, shade=0.25, behind=True, stars=(7, 12), stars_of_moon=(10, 14),
+    edged=True, thing=0.7, pair=0.47, spread=(0, 0), sides=(0.25, 0.75), feet=(0.92, 0.92),
+    jitter=0, tilt=0, mirrored=False, shade=0.25, behind=True, stars=(7, 12), stars_of_moon=(10, 14),
     star=(0.008, 0.013), flakes=(8, 12), flake=(0.009, 0.014), drops=(12, 12), drop=(0.08, 0.11),
     drop_width=0.011, waves=1, grains=0, flowers=(7, 10), flower=(0.018, 0.026), straws=0,
     craters=(5, 7), pane=(0.035, 0.05), lit_panes=1)

@@ -8,7 +8,8 @@ COUNT scenes of a world with the first N objects (default: all), by seeds from `
 of a hundred show two things.  One (object, place) in ten is held out: it appears only with
 `held-out`, where every scene has such a pair.  With `families`, four seeds that follow each other
 show almost the same (`world.relative`): hard negatives for a CLIP (`train_clip --together 4`).
-With `stickers` things are larger and have a white edge, and less else is drawn (`painter.Look`).
+With `stickers` things are larger, have a white edge and lie where all others lie, and less else is
+drawn (`painter.Look`): a GPT learns their shapes from far fewer scenes.
 With `keep` all are drawn at once, on all cores, and kept in memory, for who sees each many times;
 each process that trains has its own.  `train_clip` learns from the captions; `encode_images` embeds
 some, to measure the gap between texts and images with, and for `train_gpt --subtract-means`.
@@ -103,16 +104,13 @@ def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
     s, image = painter.s, painter.image
     look = painter.look
     side = painter.u(1 - look.jitter, 1 + look.jitter) * scale * s
-    if painter.rng.random() < 0.5:
+    if painter.rng.random() < 0.5 and look.mirrored:
         sprite = ImageOps.mirror(sprite)
     ratio = side / max(sprite.size)
     sprite = sprite.resize([max(1, round(d * ratio)) for d in sprite.size], Image.Resampling.BOX)
     sprite = sprite.rotate(painter.u(-look.tilt, look.tilt), Image.Resampling.BILINEAR, expand=True)
     x, feet = (x + painter.u(-spread, spread)) * s, painter.u(*look.feet) * s
     w, h = sprite.size
-    if look.grid:  # so that a thing has the same codes wherever it is
-        step = s / look.grid
-        x, feet = (round((x - w / 2) / step) * step + w / 2, round((feet - h) / step) * step + h)
     shade = Image.new("L", image.size)
     ImageDraw.Draw(shade).ellipse([x - 0.42 * w, feet - 0.035 * s, x + 0.42 * w, feet + 0.03 * s],
                                   fill=90)
