@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from scripts.data.files import Hashing, sha256
 from scripts.data.transforms import order
-from scripts.training import checkpoints, run_directory, trainer
+from scripts.training import checkpoints, run_directory
 from scripts.training.cli import Stopped, add_settings, duration, parse_settings, setting
 from scripts.training.settings import RunSettings
 from tests.processes import (
@@ -41,6 +40,7 @@ from tests.processes import (
     wait_until,
     weights,
 )
+from tests.walk import walk
 
 ALWAYS = ("--save-minutes", 0)  # a checkpoint after every step
 
@@ -173,43 +173,6 @@ def test_a_spoilt_embedding_stops_the_run_at_its_step(tmp_path):
     assert checkpoints.load(tmp_path / "run")["step"] == 4
 
 
-class Walk:
-    """A training of one number, in this process; `act` is called before each step."""
-
-    def __init__(self, act):
-        self.model, self.other, self.act = torch.nn.Linear(1, 1, bias=False), torch.zeros(1), act
-        torch.nn.init.ones_(self.model.weight)
-
-    def parts(self):
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=1)
-        return {"model": trainer.Part(self.model, [optimizer], self.loss)}
-
-    def batch(self, step):
-        self.act(self, step)
-        return torch.randn(1, generator=trainer.generator(0, step))
-
-    def loss(self, batch):
-        loss = (self.model.weight * batch).abs().sum()
-        return loss, {"loss": loss}
-
-    def after(self, step):
-        return {}
-
-    def buffers(self):
-        return {"other": self.other}
-
-    def validate(self, model):
-        return {"score": model.weight.item()}, {}
-
-
-def walk(directory, *flags, act=lambda training, step: None):
-    """The result of it."""
-    given = ["--run", str(directory), "--steps=20", "--batch=1", "--lr=1", *flags]
-    settings = parse_settings(RunSettings, [flag for flag in given if flag != "--steps=20"
-                                            or not any("--time" in other for other in flags)], "")
-    return trainer.train(settings, Accelerator(cpu=True), lambda steps: Walk(act))
-
-
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     def act(training, step):
         if step == 7:
@@ -235,22 +198,6 @@ def test_a_loss_that_is_no_number_is_named_by_its_step(steps, found_at, tmp_path
     with pytest.raises(FloatingPointError, match=sentence):
         walk(tmp_path, f"--steps={steps}", act=act)
     assert saved(tmp_path) == [] and seen[-1] == found_at  # it looks where it writes a line
-
-
-def test_a_time_keeps_the_steps_that_were_settled(tmp_path):
-    def act(training, step):
-        time.sleep(0.01)
-        if step == 12:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Stopped) as stopped:
-        walk(tmp_path, "--time=1s", act=act)
-    assert stopped.value.signal == signal.SIGINT
-    settled = checkpoints.load(tmp_path)["settings"]["steps"]
-    result = walk(tmp_path, "--time=2s")
-    assert result.steps == settled > 13 and saved(tmp_path)[0] == result.steps
-    whole = walk(tmp_path / "whole", f"--steps={result.steps}")
-    assert torch.equal(whole.model.weight, result.model.weight) and whole.scores == result.scores
 
 
 @pytest.mark.parametrize("step", [0, 18, 19])

@@ -67,6 +67,7 @@ class BatchLoader:
                  batch: int, seed: int, scale: float, flip: bool, workers: int,
                  together: int = 1):
         self.images, self.size, self.steps, self.workers = images, size, steps, workers
+        self.ahead = max(1, steps // 10)  # of a run that turns out longer than planned
         self.settings = {"batch": batch, "seed": seed, "scale": scale, "flip": flip,
                          "rank": accelerator.process_index, "world": accelerator.num_processes,
                          "together": together}
@@ -74,7 +75,8 @@ class BatchLoader:
         self.iterator: Iterator[tuple[Tensor, Tensor]] = iter(())
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        if step != self.next:
+        if step != self.next or step >= self.steps:
+            self.steps = max(self.steps, step + self.ahead)
             self.iterator = self.batches(step, self.steps - step, self.workers)
         self.next = step + 1
         return next(self.iterator)

@@ -64,10 +64,11 @@ class Look:
 PLAIN = Look()
 STICKERS = Look(
     edged=True, thing=0.7, pair=0.47, spread=(0, 0), sides=(0.25, 0.75), feet=(0.92, 0.92),
-    jitter=0, tilt=0, mirrored=False, shade=0.25, behind=True, stars=(7, 12), stars_of_moon=(10, 14),
-    star=(0.008, 0.013), flakes=(8, 12), flake=(0.009, 0.014), drops=(12, 12), drop=(0.08, 0.11),
-    drop_width=0.011, waves=1, grains=0, flowers=(7, 10), flower=(0.018, 0.026), straws=0,
-    craters=(5, 7), pane=(0.035, 0.05), lit_panes=1)
+    jitter=0, tilt=0, mirrored=False, shade=0.25, behind=True,
+    stars=(7, 12), stars_of_moon=(10, 14), star=(0.008, 0.013), flakes=(8, 12),
+    flake=(0.009, 0.014), drops=(12, 12), drop=(0.08, 0.11), drop_width=0.011, waves=1, grains=0,
+    flowers=(7, 10), flower=(0.018, 0.026), straws=0, craters=(5, 7), pane=(0.035, 0.05),
+    lit_panes=1)
 
 
 class Painter:

@@ -239,7 +239,8 @@ class Stages:
 
     def train_gpt(self) -> dict[str, float]:
         s, plan = self.settings, self.plan
-        left = (1 - SHARES["evaluate"]) * plan.seconds - sum(plan.spent.values())
+        before = sum(spent for stage, spent in plan.spent.items() if stage != "gpt")
+        left = (1 - SHARES["evaluate"]) * plan.seconds - before
         least = SHARES["gpt"] * plan.seconds
         if left < least and self.accelerator.is_main_process:
             print(f"the stages before took longer than planned, so the whole takes about "

@@ -3,7 +3,8 @@
 What is trained describes itself as a `Task`; everything else about a run is here, once.  In its
 directory a run keeps `checkpoint-*.pt`, `log.jsonl`, TensorBoard's scalars and the newest pictures.
 All that is random is drawn from generators made of (seed, step): a run that goes on needs to know
-nothing but its step, and ends with the same bits on one CPU process.
+nothing but its step, and ends with the same bits on one CPU process.  A run with a time instead of
+steps plans these anew all the time, from its speed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from scripts.training.optim import EMA, learning_rate, set_learning_rate
 from scripts.training.run_directory import all_finite, claim, memory_gb, step_of
 from scripts.training.settings import PRECISIONS, RunSettings, identity, require_same
 
+KEPT = 0.98  # of a --time is planned with: some is spent after the last step
 PROBE = 10  # steps of the trial that measures speed for --time
+FIRST_SAVE = 30.0  # seconds to the first checkpoint, at most
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 
 
@@ -43,13 +46,13 @@ class Part:
     """A module that is trained: its optimizers, which share its parameters out, and its loss.
 
     `loss` takes the batch of a step and returns what is minimized, and values to log by name.  The
-    part sits out the steps before `begins` and takes `rate` times the learning rate.
+    part sits out a share `begins` of the steps and takes `rate` times the learning rate.
     """
 
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
-    begins: int = 0
+    begins: float = 0.0
     rate: float = 1.0
 
 
@@ -57,6 +60,7 @@ class Task(Protocol):
     """What is trained, for `steps` steps.  It is made anew to measure its speed."""
 
     model: nn.Module  # the one that is averaged, validated and kept
+    steps: int  # of the whole training; set before each step, as a run with a time plans anew
 
     def parts(self) -> dict[str, Part]:
         """By name, in the order of their steps; `model` is one.  Called once: it may wrap them."""
@@ -107,9 +111,13 @@ class State:
 
     def __init__(self, task: Task, settings: RunSettings, accelerator: Accelerator, steps: int):
         self.task, self.settings, self.accelerator = task, settings, accelerator
-        self.steps = steps
+        self.steps = task.steps = steps
         self.average = EMA(task.model, settings.ema)  # a copy made before anything wraps the model
         self.parts = task.parts()
+
+    def plan(self, steps: int) -> None:
+        """So many steps in all."""
+        self.steps = self.task.steps = steps
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One training step; returns what to log, `loss` among it."""
@@ -118,7 +126,7 @@ class State:
         values: dict[str, Tensor] = {}
         batch = task.batch(step)
         for name, part in self.parts.items():
-            if step < part.begins:
+            if step < round(part.begins * self.steps):
                 continue
             loss, found = part.loss(batch)
             for optimizer in part.optimizers:
@@ -158,6 +166,20 @@ class State:
 
 
 @dataclass
+class Speed:
+    """Seconds that a step took lately, and the last validation and checkpoint."""
+
+    step: float = 0.0
+    validation: float = 0.0
+    saving: float = 0.0
+
+    def stepped(self, count: int, seconds: float) -> None:
+        """A mean in which the newest steps weigh as much as all before."""
+        each = seconds / count
+        self.step = (self.step + each) / 2 if self.step else each
+
+
+@dataclass
 class Result:
     """A finished training."""
 
@@ -175,6 +197,7 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
     One sentence each: ValueError, other settings; FloatingPointError, a loss or weights that are
     not finite; OSError, a disk that is full; MemoryError; `Stopped` by Ctrl-C, after saving.
     """
+    began = time.monotonic()
     with claim(settings.run, accelerator.is_main_process), enough_memory(settings.batch):
         own = identity(settings, processes=accelerator.num_processes, **facts)
         checkpoint = checkpoints.load(settings.run, report=accelerator.is_main_process)
@@ -184,7 +207,7 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
                 raise ValueError(f"process {process} does not see the checkpoints of process 0 in "
                                  f"{settings.run}: give a --run directory that all share")
         if checkpoint:
-            if settings.time:  # how many steps that meant was settled when the run began
+            if settings.time:  # how many steps that meant at first
                 own |= {k: checkpoint["settings"][k] for k in ("steps", "validations")}
             require_same(settings.run, checkpoint["settings"], own)
         elif settings.time:
@@ -192,9 +215,11 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
         state = State(make(own["steps"]), settings, accelerator, own["steps"])
         if checkpoint:
             state.load_state_dict(checkpoint["training"])
+            began -= checkpoint.get("seconds", 0)
+            state.plan(checkpoint.get("steps", own["steps"]))
             if accelerator.scaler and checkpoint["scaler"]:
                 accelerator.scaler.load_state_dict(checkpoint["scaler"])
-        scores = Trainer(settings, accelerator, own, state).train(first)
+        scores = Trainer(settings, accelerator, own, state, began).train(first)
         return Result(state.task, state.average.module, state.steps, scores)
 
 
@@ -202,13 +227,15 @@ class Trainer:
     """The loop of a run, with its progress, checks, logs and checkpoints."""
 
     def __init__(self, settings: RunSettings, accelerator: Accelerator, own: dict[str, Any],
-                 state: State):
+                 state: State, began: float):
         self.directory, self.accelerator, self.own, self.state = (settings.run, accelerator, own,
                                                                   state)
-        self.steps, self.lr = state.steps, settings.lr
+        self.began = began  # by the monotonic clock, as if the run had never been stopped
+        self.lr, self.seconds = settings.lr, settings.time
         self.save_seconds = 60 * settings.save_minutes
-        self.log_every = max(1, min(20, self.steps // 20))
-        self.validate_every = max(1, -(-self.steps // own["validations"]))
+        self.log_every = max(1, min(20, state.steps // 20))
+        self.validate_every = max(1, -(-state.steps // own["validations"]))
+        self.speed = Speed()
         self.pending: list[dict[str, Tensor]] = []  # values of the steps since the last line
         self.saved_step: int | None = None
         self.stop_signal = 0
@@ -217,21 +244,23 @@ class Trainer:
 
     def train(self, first: int) -> dict[str, float]:
         """Take the steps that are left; returns the scores of the last validation."""
-        if first == self.steps:
+        if first >= self.state.steps:
             return self.state.validate()[0]
         self.begin(first)
+        done = first
         try:
             with self.signals():
-                for step in range(first, self.steps):
-                    self.pending.append(self.state.step(step))
+                while done < self.state.steps:
+                    self.pending.append(self.state.step(done))
                     self.bar.update()
-                    done = step + 1
-                    last = done == self.steps
+                    done += 1
                     stop, due = self.agree(done)
-                    validating = last or done % self.validate_every == 0
-                    if done % self.log_every == 0 or validating or stop or due:
+                    if done % self.log_every == 0 or done == self.state.steps or stop or due:
                         self.log_steps(done)
-                    if validating:
+                        self.keep_time(done)
+                    last = done == self.state.steps
+                    if last or done - self.validated >= self.validate_every:
+                        self.log_steps(done)
                         self.validate(done)
                     if last or stop or due:
                         self.save(done)
@@ -240,20 +269,21 @@ class Trainer:
         finally:
             self.end()
         if self.agree(done)[0]:  # also where it came while the last step was saved
-            raise Stopped(f"stopped after step {done} of {self.steps}, all of it saved in "
+            raise Stopped(f"stopped after step {done} of {self.state.steps}, all of it saved in "
                           f"{self.directory}: the same command goes on from there",
                           self.stop_signal or signal.SIGTERM)
         return self.scores
 
     def begin(self, first: int) -> None:
         self.saved_step = first or None
+        self.validated = first - first % self.validate_every
         self.saved = self.line = time.monotonic()
         main = self.accelerator.is_main_process
         if main:
             self.forget_after(first)
         with self.writing():
             self.board = SummaryWriter(str(self.directory), purge_step=first) if main else None
-        self.bar = tqdm(total=self.steps, initial=first, disable=not main, dynamic_ncols=True,
+        self.bar = tqdm(total=self.state.steps, initial=first, disable=not main, dynamic_ncols=True,
                         desc=self.directory.name, mininterval=0.5 if sys.stderr.isatty() else 10)
 
     def end(self) -> None:
@@ -264,9 +294,10 @@ class Trainer:
 
     def agree(self, done: int) -> tuple[bool, bool]:
         """(stop?, checkpoint due?), the same in all processes; those ask each other but rarely."""
-        flags = [bool(self.stop_signal), time.monotonic() - self.saved >= self.save_seconds]
+        patience = self.save_seconds if self.saved_step else min(FIRST_SAVE, self.save_seconds)
+        flags = [bool(self.stop_signal), time.monotonic() - self.saved >= patience]
         if self.accelerator.num_processes > 1:
-            if done % self.log_every and done < self.steps:
+            if done % self.log_every and done < self.state.steps:
                 return False, False
             both = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
             flags = (self.accelerator.reduce(both, "sum") > 0).tolist()
@@ -289,9 +320,25 @@ class Trainer:
         numbers["memory_gb"] = memory_gb(self.accelerator.device)
         now = time.monotonic()
         numbers["steps_per_second"] = len(self.pending) / max(now - self.line, 1e-9)
+        self.speed.stepped(len(self.pending), now - self.line)
         self.line, self.pending = now, []
         self.log(done, numbers)
         self.bar.set_postfix_str(f"loss {numbers['loss']:.4g}", refresh=False)
+
+    def keep_time(self, done: int) -> None:
+        """Plan the steps anew that fit into what is left of the time, where there is one."""
+        if not self.seconds or not self.speed.step:
+            return
+        left = KEPT * self.seconds - (time.monotonic() - self.began)
+        validations = max(1, -(-(self.state.steps - done) // self.validate_every))
+        left -= validations * self.speed.validation + self.speed.saving
+        steps = done + max(0, int(left / self.speed.step))
+        if done == self.state.steps and steps - done < self.log_every:
+            return  # too few to go on for
+        steps, = broadcast_object_list([steps])
+        self.state.plan(steps)
+        self.validate_every = max(self.validate_every, -(-steps // self.own["validations"]))
+        self.bar.total = steps
 
     def remedy(self, step: int) -> str:
         """What to do about numbers that are not finite in a step."""
@@ -304,7 +351,9 @@ class Trainer:
         return f"the checkpoint of step {self.saved_step} is kept, and {again} it"
 
     def validate(self, done: int) -> None:
+        began = time.monotonic()
         self.scores, pictures = self.state.validate()
+        self.validated = done
         self.log(done, self.scores)
         if self.board:
             with self.writing():
@@ -316,6 +365,7 @@ class Trainer:
             text = "  ".join(f"{k} {v:.4g}" for k, v in self.scores.items())
             self.bar.write(f"step {done}: {text}", file=sys.stderr)
         self.line = time.monotonic()
+        self.speed.validation = self.line - began
 
     def log(self, done: int, numbers: dict[str, float]) -> None:
         """One line of log.jsonl and of TensorBoard's scalars."""
@@ -341,9 +391,11 @@ class Trainer:
     def save(self, done: int) -> None:
         """Write a checkpoint; what prevents it ends all processes."""
         fault: Exception | None = None
+        began = time.monotonic()
         if self.board:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             state = {"settings": self.own, "step": done, "scaler": scaler,
+                     "steps": self.state.steps, "seconds": began - self.began,
                      "training": self.state.state_dict()}
             if not all_finite(state["training"]):
                 fault = FloatingPointError(f"{self.directory}: weights that are not finite after "
@@ -356,7 +408,8 @@ class Trainer:
         fault, = broadcast_object_list([fault])  # so all processes stop, or go on once it is saved
         if fault:
             raise fault
-        self.saved, self.saved_step = time.monotonic(), done
+        self.line = self.saved = time.monotonic()
+        self.saved_step, self.speed.saving = done, self.saved - began
 
     def unwritten(self, error: OSError) -> OSError:
         kept = (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else

@@ -137,9 +137,16 @@ class VQGANTask:
         self.used = torch.zeros(vqgan.config.codebook_size, device=device)  # codes, lately
         self.new = not (settings.start_from or settings.decoder_of)
         self.quantized_from = round(settings.unquantized * steps) if self.new else 0
-        self.gan_start = round(settings.gan_start * steps) if settings.gan else steps
-        self.gan_warmup = max(1, min(500, (steps - self.gan_start) // 3))
         self.restart_every = max(10, min(100, steps // 20))
+
+    @property
+    def gan_start(self) -> int:
+        """The first step with a discriminator."""
+        return round(self.settings.gan_start * self.steps) if self.settings.gan else self.steps
+
+    @property
+    def gan_warmup(self) -> int:
+        return max(1, min(500, (self.steps - self.gan_start) // 3))
 
     def parts(self) -> dict[str, Part]:
         lr, prepare = self.settings.lr, self.accelerator.prepare
@@ -148,9 +155,10 @@ class VQGANTask:
             Autoencoder(self.model, self.settings.commitment), *optimizers)
         self.discriminate, discriminator_optimizer = prepare(
             self.discriminator, adamw(self.discriminator, lr, DECAY))
+        begins = self.settings.gan_start if self.settings.gan else 1.0
         return {"model": Part(self.model, optimizers, self.loss),
                 "discriminator": Part(self.discriminator, [discriminator_optimizer],
-                                      self.discriminator_loss, begins=self.gan_start, rate=0.5)}
+                                      self.discriminator_loss, begins=begins, rate=0.5)}
 
     def batch(self, step: int) -> VQGANBatch:
         pixels = self.loader(step)[1].to(self.accelerator.device).float() / 255
