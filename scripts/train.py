@@ -127,8 +127,9 @@ def old_plan(settings: TrainSettings, fingerprint: str) -> Plan | None:
         raise ValueError(f"{settings.run} was begun with other images than {settings.images} holds "
                          "now: give another --run directory")
     if plan.seconds != settings.time:
-        print(f"this run was begun with {plan.seconds / 60:g} minutes, and keeps to them",
-              file=sys.stderr)
+        print(f"this run was begun with {plan.seconds / 60:g} minutes, and has "
+              f"{settings.time / 60:g} now", file=sys.stderr)
+        plan.seconds = settings.time
     return plan
 
 

@@ -1,6 +1,7 @@
 """Runs with a time instead of steps: it is kept, by a simulated clock."""
 
 import os
+import re
 import signal
 import tempfile
 from itertools import pairwise
@@ -91,3 +92,16 @@ def test_the_first_checkpoint_is_there_after_half_a_minute(tmp_path, monkeypatch
     probe = 11 * 3 + 20  # steps and a validation that measure its speed
     assert kept[0] - probe <= 30 + 3
     assert all(180 <= b - a <= 205 for a, b in pairwise(kept[:-1]))
+
+
+def test_too_short_a_time_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError) as error:
+        timed_walk(tmp_path, Clock(lambda now: 1.0), monkeypatch, seconds=200.0)
+    steps, longer = map(int, re.fullmatch(
+        "([0-9]+) steps fit into 3.3 min, and fewer than 100 learn nothing that could be seen: "
+        "give a --time ([0-9]+) times as long, or --anyway", str(error.value)).groups())
+    assert 10 <= steps < 100 and saved(tmp_path) == []
+    clock = Clock(lambda now: 1.0)
+    result, _ = timed_walk(tmp_path, clock, monkeypatch, 200.0 * longer)
+    assert result.steps >= 100
+    walk(tmp_path / "other", "--time=0.001s", "--anyway")

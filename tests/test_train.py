@@ -70,7 +70,7 @@ def trained(source, clip, tmp_path_factory):
     """A bundle of a short run that was killed once; the arguments, and the line it printed."""
     work = tmp_path_factory.mktemp("work")
     arguments = (source, "--out", work / "mine", "--run", work / "run", "--clip", clip,
-                 "--time", "12s")
+                 "--time", "12s", "--anyway")
     process = start(*arguments)
     while not list((work / "run").glob("vqgan/log.jsonl")) and process.poll() is None:
         time.sleep(0.1)
@@ -94,8 +94,10 @@ def test_it_ends_in_a_bundle_that_generates(trained):
 def test_the_card_says_how_it_was_made_and_shows_it(trained):
     bundle, arguments, result = trained
     card = (bundle / "README.md").read_text()
-    for text in (str(arguments[0]), "--clip", f"| psnr_db | {result['psnr_db']} |", "held out"):
+    for text in (arguments[0].name, "--clip", f"| psnr_db | {result['psnr_db']} |", "held out",
+                 f"* {result['verdict'][:1].upper()}{result['verdict'][1:]}."):
         assert text in card
+    assert str(arguments[0].parent) not in card  # nor any folder of this machine
     for picture in ("copies", "samples", "vqgan", "gpt"):
         assert f"card/{picture}.png" in card and (bundle / "card" / f"{picture}.png").is_file()
 
@@ -116,7 +118,8 @@ def test_fine_tuning_changes_what_it_says(trained, source, tmp_path, tune, kept)
     steps = [flag for part, other in (("gpt", "decoder"), ("vqgan", "gpt")) if tune != other
              for flag in (f"--{part}.steps", 20, f"--{part}.validations", 1)]
     result = train.main([*map(str, (source, "--out", out, "--run", tmp_path / "run", "--from",
-                                    bundle, "--tune", tune, "--time", "5s", *steps))])
+                                    bundle, "--tune", tune, "--time", "5s", "--anyway",
+                                    *steps))])
     assert ("token_ce" in result) == (tune != "decoder")
     assert ("psnr_db" in result) == (tune != "gpt")
     for part in ("clip", "vqgan", "gpt"):
@@ -243,7 +246,7 @@ def test_the_time_of_reading_counts(source, clip, monkeypatch):
     train.fill_in(settings)
     images = open_images(source)[0]
     stages = Stages(settings, Accelerator(cpu=True), SimpleNamespace(
-        size=32, seconds=60, n_images=1000), time.time(), given)
+        size=32, seconds=60, n_images=1000, caveats=[]), time.time(), given)
     stages.vqgan = str(clip)
     assert "limit" not in stages.views(images)
 

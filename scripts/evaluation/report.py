@@ -13,11 +13,14 @@ def table(rows: dict[str, object]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
 
 
-def write_card(bundle: Path, *, command: str, data: dict[str, object], settings: dict[str, object],
-               scores: dict[str, object], plots: dict[str, Image.Image],
-               grids: dict[str, tuple[str, Image.Image]]) -> None:
-    """Write README.md and the pictures it shows, in `card/`; `grids`: name -> (what it shows,
-    picture)."""
+def write_card(bundle: Path, *, command: str, notes: Sequence[str], data: dict[str, object],
+               settings: dict[str, object], scores: dict[str, object], meanings: Mapping[str, str],
+               plots: dict[str, Image.Image], grids: dict[str, tuple[str, Image.Image]]) -> None:
+    """Write README.md and the pictures it shows, in `card/`.
+
+    notes: what a reader should know first, a sentence each.  `meanings` has a phrase for each
+    score.  `grids`: name -> (what it shows, picture).
+    """
     folder = bundle / "card"
     folder.mkdir(exist_ok=True)
     pictures = []
@@ -28,13 +31,17 @@ def write_card(bundle: Path, *, command: str, data: dict[str, object], settings:
         image.save(folder / f"{name}.png")
     curves = " ".join(f"![{name}](card/{name}.png)" for name in plots)
     shown = "\n\n".join(pictures)
+    where = f"weights/{bundle.name}" if bundle.is_absolute() else bundle
+    said = "\n".join(f"* {note[:1].upper()}{note[1:]}." for note in notes)
+    explained = "\n".join(["| score | value | what it says |", "|---|---|---|", *(
+        f"| {name} | {value} | {meanings[name]} |" for name, value in scores.items())])
     (bundle / "README.md").write_text(f"""# {bundle.name}
 
 A text-to-image model made with clipgen: VQGAN and GPT learned from images alone, without a caption.
 
 ```bash
-scripts/generate --weights {bundle} "what the images should show"
-COG_WEIGHTS={bundle} scripts/serve 5000
+scripts/generate --weights {where} "what the images should show"
+COG_WEIGHTS={where} scripts/serve 5000
 ```
 
 ## Data
@@ -43,7 +50,9 @@ COG_WEIGHTS={bundle} scripts/serve 5000
 
 ## Results
 
-{table(scores)}
+{said}
+
+{explained}
 
 {shown}
 

@@ -28,6 +28,7 @@ class RunSettings:
     seed: int = setting(0, type=number(int, 0, 2**63 - 1))
     save_minutes: float = setting(3.0, "between checkpoints", type=amount, free=True)
     validations: int = setting(10, "in the whole run", type=positive)
+    anyway: bool = setting(False, "train also where a --time is too short to be of use", free=True)
 
 
 def identity(settings: Any, **facts: Any) -> dict[str, Any]:

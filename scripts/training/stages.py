@@ -41,6 +41,7 @@ from scripts.training.gpt import GPTSettings, train_gpt
 from scripts.training.loading import load_clip, load_vqgan
 from scripts.training.settings import PRECISIONS
 from scripts.training.trainer import start
+from scripts.training.verdict import MEANINGS, verdict
 from scripts.training.vqgan import VQGANSettings, train_vqgan
 
 # Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
@@ -50,7 +51,7 @@ MOST_CROPS, MOST_ENCODING = 16, 0.3  # views of an image; share of --time
 STAGES = {"vqgan": VQGANSettings, "encode": EncodeSettings, "gpt": GPTSettings}
 # Settings of stages that follow from those of the whole.
 SETTLED = {"run", "out", "shards", "vqgan", "clip", "start_from", "decoder_of", "images", "size",
-           "time", "captions", "held_out", "scale", "flip", "dtype", "workers", "seed",
+           "time", "captions", "held_out", "scale", "flip", "dtype", "workers", "seed", "anyway",
            *(each.name for each in fields(ReadingSettings))}
 
 
@@ -84,6 +85,7 @@ class TrainSettings(ReadingSettings):
     run: Path | None = setting(None, "directory of the work (default: runs/ and the name of --out)",
                                type=Path, free=True)
     seed: int = setting(0, type=seed)
+    anyway: bool = setting(False, "train also where --time is too short to be of use", free=True)
 
 
 @dataclass
@@ -101,6 +103,8 @@ class Plan:
     seconds: float
     encode: dict[str, Any] | None = None  # settled when the stage begins
     spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    steps: dict[str, int] = field(default_factory=dict)  # that the trainings took
+    caveats: list[str] = field(default_factory=list)  # what was said on the way
     result: dict | None = None  # of a finished run
 
 
@@ -109,6 +113,12 @@ def as_flags(settings: dict[str, Any]) -> str:
     return " ".join(f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
                     + ("" if isinstance(value, bool) else f" {value}")
                     for name, value in settings.items())
+
+
+def public(word: str) -> str:
+    """A word of a command without the folders of this machine."""
+    before, equals, value = word.rpartition("=")
+    return before + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 class Stages:
@@ -157,18 +167,26 @@ class Stages:
         if self.accelerator.is_main_process:
             write_text(self.settings.run / "plan.json", json.dumps(asdict(self.plan), indent=1))
 
+    def say(self, caveat: str) -> None:
+        """On the terminal, and later in the model card."""
+        print(caveat, file=sys.stderr)
+        if caveat not in self.plan.caveats:
+            self.plan.caveats.append(caveat)
+
     def run(self, images: Images, held: Images) -> dict:
         s, plan = self.settings, self.plan
         result = {"bundle": str(s.out), "n_images": plan.n_images, "n_held_out": plan.n_held_out}
         if self.vqgan == str(self.vqgan_run):
             with self.timed("vqgan"):
                 scores = self.train_vqgan()
+                plan.steps["vqgan"] = scores["steps"]
             result |= {k: scores[k] for k in ("psnr_db", "ssim")}
         if self.gpt == self.gpt_run:
             with self.timed("encode"):
                 self.encode(images)
             with self.timed("gpt"):
                 scores = self.train_gpt()
+                plan.steps["gpt"] = scores["steps"]
             result |= {k: scores[k] for k in ("token_ce", "unigram_ce", "token_ce_text", "text_gap")
                        if k in scores}
             counts = sum(read_shards(self.shards, part).code_counts()
@@ -179,6 +197,8 @@ class Stages:
                 self.bundle()
                 result |= self.evaluate(held)
             result["seconds"] = round(sum(plan.spent.values()), 1)
+            result["verdict"] = verdict(result, plan.steps, plan.seconds)
+            print(result["verdict"], file=sys.stderr)
             self.write_card(result)
             plan.result = result
             self.keep_plan()
@@ -233,8 +253,8 @@ class Stages:
         if most >= plan.n_images:
             return {"crops": max(1, min(MOST_CROPS, crops))}
         if self.accelerator.is_main_process:
-            print(f"encoding {most} of {plan.n_images} images, at {1 / (reading + crop):.1f} a "
-                  "second there is no time for more", file=sys.stderr)
+            self.say(f"encoding {most} of {plan.n_images} images, at {1 / (reading + crop):.1f} a "
+                     "second there is no time for more")
         return {"crops": 1, "limit": most}
 
     def train_gpt(self) -> dict[str, float]:
@@ -243,8 +263,8 @@ class Stages:
         left = (1 - SHARES["evaluate"]) * plan.seconds - before
         least = SHARES["gpt"] * plan.seconds
         if left < least and self.accelerator.is_main_process:
-            print(f"the stages before took longer than planned, so the whole takes about "
-                  f"{(least - left) / 60:.0f} min more than it should", file=sys.stderr)
+            self.say("the stages before took longer than planned, so the whole takes about "
+                     f"{(least - left) / 60:.0f} min more than it should")
         return train_gpt(self.settle(
             "gpt", shards=self.shards, run=self.gpt_run, vqgan=self.vqgan,
             time=round(max(10.0, left, least), 1), **plan.gpt,
@@ -263,7 +283,7 @@ class Stages:
         s = self.settings
         indices, views = stack_views(held, self.plan.size, EVALUATED)
         if len(indices) < 2:
-            print("one held-out image is too few to compare samples with", file=sys.stderr)
+            self.say("one held-out image is too few to compare samples with")
             return {}
         texts = [held.captions(i)[0] for i in indices if held.captions(i)]
         with tempfile.TemporaryDirectory() as folder:
@@ -294,12 +314,13 @@ class Stages:
             grids["samples"] = ("Samples, with what each was made from",
                                 Image.open(s.run / "sheet.png"))
         write_card(
-            s.out, data={"images": shown(s.images), "trained on": plan.n_images,
+            s.out, notes=[result["verdict"], *plan.caveats],
+            data={"images": shown(Path(s.images).name), "trained on": plan.n_images,
                          "held out": plan.n_held_out, "sha256 of the list": plan.fingerprint[:16]},
-            command=shown(f"python -m scripts.train {shlex.join(plan.command)}"),
-            settings={"CLIP": s.clip, "VQGAN": as_flags(plan.vqgan), "GPT": as_flags(plan.gpt),
-                      "precision": s.dtype, "seconds by stage":
+            command=shown("python -m scripts.train "
+                          + shlex.join(public(word) for word in plan.command)),
+            settings={"CLIP": public(s.clip), "VQGAN": as_flags(plan.vqgan),
+                      "GPT": as_flags(plan.gpt), "precision": s.dtype, "seconds by stage":
                       ", ".join(f"{k} {v:.0f}" for k, v in plan.spent.items())},
-            scores={k: v for k, v in result.items() if k not in ("bundle", "n_images",
-                                                                "n_held_out")},
+            scores={k: v for k, v in result.items() if k in MEANINGS}, meanings=MEANINGS,
             plots=plots, grids=grids)

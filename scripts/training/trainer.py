@@ -34,9 +34,11 @@ from scripts.training.cli import Stopped
 from scripts.training.optim import EMA, learning_rate, set_learning_rate
 from scripts.training.run_directory import all_finite, claim, memory_gb, step_of
 from scripts.training.settings import PRECISIONS, RunSettings, identity, require_same
+from scripts.training.verdict import too_few
 
 KEPT = 0.98  # of a --time is planned with: some is spent after the last step
 PROBE = 10  # steps of the trial that measures speed for --time
+LEAST = 100  # steps that a --time must allow
 FIRST_SAVE = 30.0  # seconds to the first checkpoint, at most
 GRADIENT_NORM = 1.0  # longer gradients are scaled down to it
 
@@ -194,8 +196,9 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
     """Train `make(steps)` to its end, going on from a checkpoint in `settings.run` if there is one.
 
     `facts`: what else a run that goes on must share with its checkpoint (sizes, digests of data).
-    One sentence each: ValueError, other settings; FloatingPointError, a loss or weights that are
-    not finite; OSError, a disk that is full; MemoryError; `Stopped` by Ctrl-C, after saving.
+    One sentence each: ValueError, other settings or too little time; FloatingPointError, a loss or
+    weights that are not finite; OSError, a disk that is full; MemoryError; `Stopped` by Ctrl-C,
+    after saving.
     """
     began = time.monotonic()
     with claim(settings.run, accelerator.is_main_process), enough_memory(settings.batch):
@@ -212,6 +215,8 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
             require_same(settings.run, checkpoint["settings"], own)
         elif settings.time:
             own["steps"], own["validations"] = affordable(settings, accelerator, make)
+            if own["steps"] < LEAST and not settings.anyway:
+                raise ValueError(too_few(own["steps"], LEAST, settings.time))
         state = State(make(own["steps"]), settings, accelerator, own["steps"])
         if checkpoint:
             state.load_state_dict(checkpoint["training"])
