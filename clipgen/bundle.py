@@ -39,7 +39,7 @@ FILES = {part: f"{part}.safetensors" for part in PARTS}
 # Keys added since the first bundles, with the values that a bundle without them has.
 ADDED = {"clip": {"text_embedding_mean": None, "image_embedding_mean": None},
          "vqgan": {"norm_groups": 32, "patch": 1, "middle_attention": True},
-         "gpt": {"neighbours": 0, "modulated": False, "squared_relu": False}}
+         "gpt": {"neighbours": 0, "modulated": False, "squared_relu": False, "layouts": 0}}
 MOST_BYTES, DEEPEST = 4 * 2**20, 20  # of config.json: its size, and objects in one another
 LARGEST = torch.finfo(torch.float32).max
 AGAIN = "copy or download the bundle again, or rebuild it"

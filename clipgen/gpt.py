@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LAYOUT_WIDTH = 512  # of the hidden layer that mixes layouts
 # (rows, columns) from the code to be predicted to one that may be added to the input, beside the
 # code before it; the first few of them are.
 NEIGHBOURS = (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)
@@ -20,9 +21,10 @@ NEIGHBOURS = (-1, 0), (-1, 1), (-1, -1), (0, -2), (-2, 0)
 class GPTConfig:
     """Sizes of a GPT; `block_size` = codes of an image = 1 condition + (block_size - 1) codes.
 
-    The defaults of the last three are the published GPT.  `neighbours`: how many of NEIGHBOURS are
+    The defaults of the last four are the published GPT.  `neighbours`: how many of NEIGHBOURS are
     added to the input, the codes being a square; `modulated`: the condition scales and shifts what
-    each block normalises; `squared_relu`: instead of GELU.
+    each block normalises; `squared_relu`: instead of GELU; `layouts`: how many tables, each with an
+    input for every place, the condition mixes and adds to the inputs: it says what is where.
     """
 
     layers: int
@@ -35,6 +37,7 @@ class GPTConfig:
     neighbours: int = 0
     modulated: bool = False
     squared_relu: bool = False
+    layouts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "codebook_size", "block_size", "embedding_dim"):
@@ -45,6 +48,8 @@ class GPTConfig:
         if not 0 <= self.neighbours <= len(NEIGHBOURS):
             raise ValueError(f"GPT neighbours must be from 0 to {len(NEIGHBOURS)}, got "
                              f"{self.neighbours}")
+        if self.layouts < 0:
+            raise ValueError(f"GPT layouts must be at least 0, got {self.layouts}")
         if self.neighbours and math.isqrt(self.block_size) ** 2 != self.block_size:
             raise ValueError(f"GPT neighbours need a square of codes, and block_size "
                              f"{self.block_size} is none: give neighbours 0")
@@ -199,6 +204,10 @@ class GPT(nn.Module):
                 config.neighbours * (config.codebook_size + 1), config.width)
         if config.modulated:
             self.modulation = nn.Linear(config.width, config.layers * 4 * config.width)
+        if config.layouts:
+            self.layout_hidden = LinearSquaredReLU(config.width, LAYOUT_WIDTH)
+            self.layout_mix = nn.Linear(LAYOUT_WIDTH, config.layouts)
+            self.layout_tables = nn.Linear(config.layouts, config.block_size * config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size)
@@ -218,6 +227,10 @@ class GPT(nn.Module):
             nn.init.zeros_(self.modulation.weight)
             with torch.no_grad():
                 self.modulation.bias.view(-1, 2, self.config.width)[:, 1] = 1
+        if self.config.layouts:  # at first nothing is added; the weights of the mix are near 1
+            nn.init.zeros_(self.layout_tables.weight)
+            nn.init.normal_(self.layout_hidden.weight, std=self.config.width ** -0.5)
+            nn.init.normal_(self.layout_mix.weight, std=LAYOUT_WIDTH ** -0.5)
 
     def forward(self, embedding: Tensor, codes: Tensor) -> Tensor:
         """Full pass.  embedding (N, D) unit rows; codes int (N, L), L from 0 to block_size - 1;
@@ -238,6 +251,8 @@ class GPT(nn.Module):
             inputs = inputs + self.beside(torch.cat([codes, none], dim=1), places)
         x = torch.cat([condition[:, None], inputs], dim=1)
         x = x + self.position[:length]  # (N, T, C)
+        if self.config.layouts:
+            x = x + self.lay_out(condition)[:, :length]
         modulations = [None] * self.config.layers
         if self.config.modulated:
             modulations = [own.unsqueeze(2).unbind() for own in self.modulate(condition)]
@@ -255,20 +270,28 @@ class GPT(nn.Module):
         added = F.embedding_bag(indices.flatten(0, 1), self.neighbour_embedding.weight, mode="sum")
         return added.view(len(codes), len(places), self.config.width)
 
+    def lay_out(self, condition: Tensor) -> Tensor:
+        """`condition(embedding)` (N, C) -> what is added to the inputs, (N, block_size, C)."""
+        mix = self.layout_mix(self.layout_hidden(condition))
+        return self.layout_tables(mix).view(len(condition), *self.position.shape)
+
     def modulate(self, condition: Tensor) -> Tensor:
         """`condition(embedding)` (N, C) -> shifts and scales (layers, 4, N, C) for the blocks."""
         shape = len(condition), self.config.layers, 4, self.config.width
         return self.modulation(F.gelu(condition)).view(shape).permute(1, 2, 0, 3)
 
     def step(self, x: Tensor, cache: KVCache,
-             modulations: Sequence[Sequence[Tensor]] | None = None) -> Tensor:
+             modulations: Sequence[Sequence[Tensor]] | None = None,
+             layout: Tensor | None = None) -> Tensor:
         """One cached step.  x (N, C): `condition(embedding)` first, then `code_embedding(code)`,
-        plus what is `beside` it; modulations: of `modulate`, layer by layer.
+        plus what is `beside` it; modulations: of `modulate`, layer by layer; layout: of `lay_out`.
 
         Writes the cache at `cache.position`, which the caller advances, and reads what
         `cache.look_at` said.  Returns logits (N, K).
         """
         x = x + self.position.index_select(0, cache.position)
+        if layout is not None:
+            x = x + layout.index_select(1, cache.position)[:, 0]
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache,
                       modulation=None if modulations is None else modulations[layer])

@@ -247,6 +247,9 @@ class RowBlock:
         if config.modulated:
             self.modulation = like.new_zeros(config.layers, 4, both, config.width)
             self.modulations = [own.unbind() for own in self.modulation.unbind()]
+        self.layout = None
+        if config.layouts:
+            self.layout = like.new_zeros(both, config.block_size, config.width)
         self.largest = torch.zeros((), device=like.device)  # absolute logit; NaN and infinity stay
         self.settings = Settings(1.0, 0, 1.0, 1.0)
 
@@ -270,6 +273,8 @@ class RowBlock:
         self.x.copy_(condition := self.gpt.condition(embeddings))
         if self.modulation is not None:
             self.modulation.copy_(self.gpt.modulate(condition))
+        if self.layout is not None:
+            self.layout.copy_(self.gpt.lay_out(condition))
         self.uniforms.copy_(uniforms)
         self.cache.position.zero_()
         self.largest.zero_()
@@ -288,7 +293,7 @@ class RowBlock:
         """One step on the buffers, never waiting for the device; arguments as `KVCache.look_at`."""
         gpt, at, own = self.gpt, self.cache.position, self.settings
         self.cache.look_at(prefix, exact)
-        logits = gpt.step(self.x, self.cache, self.modulations).float()
+        logits = gpt.step(self.x, self.cache, self.modulations, self.layout).float()
         low, high = logits.aminmax()  # abs() would copy all logits
         self.largest.copy_(self.largest.maximum(high).maximum(-low))
         if self.guided:

@@ -54,6 +54,8 @@ def micro_gpt(codebook_size: int = 64, block_size: int = 16, null_embedding: boo
         gpt.head.weight.normal_(std=0.3)
         if gpt.config.neighbours:
             gpt.neighbour_embedding.weight.normal_(std=0.5)
+        if gpt.config.layouts:
+            gpt.layout_tables.weight.normal_(std=0.3)
         if gpt.config.modulated:
             gpt.modulation.weight.normal_(std=0.1)
         if null_embedding:

@@ -14,6 +14,7 @@ from scripts.training.gpt import NEW, GPTSettings, make_gpt
 from tests.micro import micro_gpt
 
 ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
+                               "layouts": st.integers(0, 3),
                                **{name: st.booleans() for name in
                                   ("modulated", "squared_relu")}})
 
@@ -30,6 +31,9 @@ def test_cached_logits_equal_the_full_pass(layers, heads, rows, block_size, adde
     gpt = GPT(config).eval()
     with torch.no_grad():
         gpt.position.normal_(std=0.5)
+        if config.layouts:
+            gpt.initialise()
+            gpt.layout_tables.weight.normal_(std=0.5)
         embedding = torch.randn(rows, 8)
         codes = torch.randint(50, (rows, block_size - 1))
         full = gpt(embedding, codes)
@@ -38,12 +42,13 @@ def test_cached_logits_equal_the_full_pass(layers, heads, rows, block_size, adde
         cache.store.fill_(torch.nan if exact else 0)
         x = gpt.condition(embedding)
         modulations = gpt.modulate(x) if config.modulated else None
+        layout = gpt.lay_out(x) if config.layouts else None
         places = neighbour_places(config, codes.device)
         for i in range(block_size):
             cache.position.fill_(i)
             cache.look_at(i + 1 if exact else min(i + spare, block_size), exact)
-            torch.testing.assert_close(gpt.step(x, cache, modulations), full[:, i], atol=2e-5,
-                                       rtol=0)
+            torch.testing.assert_close(gpt.step(x, cache, modulations, layout), full[:, i],
+                                       atol=5e-5, rtol=0)
             if i < block_size - 1:
                 x = gpt.code_embedding(codes[:, i])
             if i < block_size - 1 and config.neighbours:
@@ -71,7 +76,22 @@ def test_neighbours_are_those_of_the_square():
     assert places[16].tolist() == [none] * 5  # after the last
 
 
-@pytest.mark.parametrize("added", [{"modulated": True}, {"neighbours": 1}, {"squared_relu": True}])
+def test_a_layout_says_what_is_where():
+    """Each place's input is another mix of the tables; as initialised they add nothing."""
+    gpt = GPT(GPTConfig(1, 8, 1, 8, 4, 8, layouts=3)).eval()
+    gpt.initialise()
+    condition = torch.randn(5, 8)
+    with torch.no_grad():
+        assert not gpt.lay_out(condition).any()
+        gpt.layout_tables.weight.normal_()
+        tables = gpt.layout_tables.weight.view(4, 8, 3)
+        mix = gpt.layout_mix(gpt.layout_hidden(condition))
+        expected = torch.einsum("nk,pck->npc", mix, tables) + gpt.layout_tables.bias.view(4, 8)
+        torch.testing.assert_close(gpt.lay_out(condition), expected)
+
+
+@pytest.mark.parametrize("added", [{"modulated": True}, {"neighbours": 1}, {"squared_relu": True},
+                                   {"layouts": 2}])
 def test_each_addition_changes_the_forecasts(added):
     torch.manual_seed(0)
     plain, other = (GPT(GPTConfig(1, 32, 4, 50, 16, 8, **more)).eval() for more in ({}, added))
@@ -93,7 +113,7 @@ def settings_with(*flags):
 
 
 def test_flags_make_the_published_gpt_or_more():
-    bare = ("--neighbours", "0", *(f"--{name}=no" for name in
+    bare = ("--neighbours", "0", "--layouts", "0", *(f"--{name}=no" for name in
                                    ("modulated", "squared-relu")))
     published = GPTConfig(1, 8, 1, 8, 16, 8, null_embedding=True)
     assert make_gpt(settings_with(*bare), SHARDS).config == published
@@ -141,7 +161,8 @@ def test_shapes_and_limits():
 
 
 @pytest.mark.parametrize("change", [{"layers": 0}, {"heads": 3}, {"block_size": 0},
-                                    {"neighbours": 6}, {"neighbours": 1, "block_size": 5}])
+                                    {"neighbours": 6}, {"layouts": -1},
+                                    {"neighbours": 1, "block_size": 5}])
 def test_impossible_sizes_are_refused(change):
     sizes = {"layers": 1, "width": 32, "heads": 4, "codebook_size": 8, "block_size": 4,
              "embedding_dim": 8}

@@ -44,7 +44,8 @@ def test_products_equal_the_plain_ones(shape, rows, given_rows, dtype, kind, see
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("added", [{}, {"neighbours": 3, "modulated": True, "squared_relu": True}])
+@pytest.mark.parametrize("added", [{}, {"neighbours": 3, "layouts": 3, "modulated": True,
+                                         "squared_relu": True}])
 def test_a_packed_gpt_answers_as_the_plain_one_which_stays_trainable(dtype, added):
     gpt = micro_gpt(added=added).to(dtype)
     before = {name: tensor.clone() for name, tensor in gpt.state_dict().items()}

@@ -28,9 +28,10 @@ from tests.marks import INT8, NEEDS_INT8
 from tests.micro import micro_gpt
 
 # What a GPT can have beyond the published one.
-ALL = {"neighbours": len(NEIGHBOURS), "modulated": True, "squared_relu": True}
+ALL = {"neighbours": len(NEIGHBOURS), "layouts": 3, "modulated": True, "squared_relu": True}
 ADDED = st.fixed_dictionaries({"neighbours": st.integers(0, len(NEIGHBOURS)),
-                               **{name: st.booleans() for name in list(ALL)[1:]}})
+                               "layouts": st.sampled_from([0, 3]),
+                               **{name: st.booleans() for name in list(ALL)[2:]}})
 PLAIN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
 
 

@@ -32,7 +32,7 @@ from scripts.training.trainer import Part, generator, train
 OPTIMIZERS = {"muon": muon, "adamw": adamw_alone}
 # Of a new GPT, how large it is and what it has beyond the published one (docs/speed.md).
 NEW = {"layers": 6, "width": 256, "heads": 4, "neighbours": 5, "modulated": True,
-       "squared_relu": True}
+       "squared_relu": True, "layouts": 64}
 # Dense bf16 operations a second, in units of 1e12, from the makers' data sheets; the first name
 # that occurs in the device's counts.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L4": 121,
@@ -55,6 +55,8 @@ class GPTSettings(RunSettings):
                                      f"({said(NEW['modulated'])})", type=answer)
     squared_relu: bool | None = setting(None, "instead of GELU "
                                         f"({said(NEW['squared_relu'])})", type=answer)
+    layouts: int | None = setting(None, "tables of inputs by place that the condition mixes "
+                                  f"({NEW['layouts']})", type=whole)
     start_from: str | None = setting(None, "go on from the GPT of a bundle or run", flag="from",
                                      metavar="BUNDLE", free=True)
     batch: int = setting(64, "of each process", type=positive)
