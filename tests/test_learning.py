@@ -170,6 +170,31 @@ def test_without_noise_the_gpt_receives_the_very_embeddings(gpt_state):
         assert (own - condition).abs().amax(1).min() < 1e-6
 
 
+def test_of_the_codes_that_are_seen_some_are_of_other_images(gpt_state):
+    """Those to predict stay as they are; how many differ is drawn for each image, up to a share."""
+    task = gpt_state(batch=64, corruption=0.8).task
+    batches = [task.batch(step) for step in range(20)]
+    plain = gpt_state(batch=64).task
+    for step, batch in enumerate(batches):
+        assert torch.equal(batch.codes, plain.batch(step).codes)
+        others = batch.codes.roll(1, 0)
+        assert ((batch.seen == batch.codes) | (batch.seen == others)).all()
+    shares = torch.cat([(batch.seen != batch.codes).float().mean(1) for batch in batches])
+    # Of 16 random codes of 32 one in 32 is the same in the other image.
+    assert 0.36 < shares.mean() < 0.42 and shares.min() == 0 and 0.75 < shares.max() <= 1
+    first = plain.batch(0)
+    assert torch.equal(first.seen, first.codes)
+
+
+def test_a_gpt_sees_the_wrong_codes_and_predicts_the_right_ones(gpt_state):
+    state = gpt_state(corruption=1.0, drop_condition=0.0)
+    before, batch = copy.deepcopy(state.task.model), keep_batch(state)
+    assert (batch.seen != batch.codes).float().mean() > 0.3
+    loss = state.step(0)["loss"]
+    logits = before(batch.conditions, batch.seen[:, :-1])
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), batch.codes.flatten()))
+
+
 def test_a_gpt_learns_a_batch_by_heart_and_draws_its_codes(gpt_state):
     state = gpt_state(steps=120, lr=1e-2, warmup=5, drop_condition=0.0)
     batch = keep_batch(state)

@@ -70,7 +70,8 @@ PRESETS = {
         vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
         encode={"limit": 40_000},
-        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 4200, "batch": 16, "lr": 5e-3},
+        gpt={"layers": 6, "width": 192, "heads": 6, "steps": 8000, "batch": 16, "lr": 5e-3,
+             "corruption": 0.6},
         decoder={"steps": 3000, "batch": 4, "gan": 0}),
     "gpu": Preset(
         "objects=244,stickers", 128, 400_000,
@@ -79,7 +80,7 @@ PRESETS = {
                "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
         encode={"workers": 14},
         gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
-             "dtype": "bfloat16"},
+             "corruption": 0.6, "dtype": "bfloat16"},
         decoder={"batch": 64, "gan_start": 0.3, **FAST},
         shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15})}
 

@@ -68,6 +68,8 @@ class GPTSettings(RunSettings):
     noise: float = setting(0.5, "ξ: length of the perturbation", type=amount)
     noise_kind: str = setting("fixed", "random: each length is drawn from 0 to --noise",
                               choices=("fixed", "random"))
+    corruption: float = setting(0.0, "of the codes that are seen, up to this share are those of "
+                                "other images, an even draw for each image", type=share)
     drop_condition: float = setting(0.1, "share of null embeddings", type=share)
     subtract_means: bool = setting(False, "take the mean off images' and texts' embeddings; the "
                                    "shards must have been encoded with captions")
@@ -84,11 +86,13 @@ class GPTSettings(RunSettings):
 class GPTBatch:
     """What one process trains on in a step.
 
-    codes int64 (N, L); conditions (N, D), unit rows with noise; clean (N, D), the same without;
-    dropped bool (N,): rows whose condition is replaced by the null embedding.
+    codes int64 (N, L); seen int64 (N, L), the same with some that are wrong; conditions (N, D), of
+    length 1, with noise; clean (N, D), the same without; dropped bool (N,): rows whose condition is
+    replaced by the null embedding.
     """
 
     codes: Tensor
+    seen: Tensor
     conditions: Tensor
     clean: Tensor
     dropped: Tensor
@@ -139,9 +143,15 @@ class GPTTask:
         dropped = torch.zeros(s.batch, dtype=torch.bool)
         if self.model.config.null_embedding:
             dropped = (torch.rand(total, generator=random) < s.drop_condition)[mine]
+        seen = codes
+        if s.corruption:
+            shape = (total, codes.shape[1])
+            wrong = (torch.rand(shape, generator=random)
+                     < s.corruption * torch.rand((total, 1), generator=random))[mine].to(device)
+            seen = torch.where(wrong, codes.roll(1, 0), codes)
         if s.dropout:
             torch.manual_seed(torch.randint(2**62, (world,), generator=random)[rank].item())
-        return GPTBatch(codes, conditions, clean, dropped.to(device))
+        return GPTBatch(codes, seen, conditions, clean, dropped.to(device))
 
     def loss(self, batch: GPTBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, nats per code, and where asked for the embedding reconstruction."""
@@ -149,7 +159,7 @@ class GPTTask:
         if self.model.config.null_embedding:
             conditions = torch.where(batch.dropped[:, None], self.model.null_embedding, conditions)
         with self.accelerator.autocast():
-            logits = self.forward(conditions, batch.codes[:, :-1])  # (N, L, K)
+            logits = self.forward(conditions, batch.seen[:, :-1])  # (N, L, K)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.codes.flatten())
         values = {"loss": loss}
         if self.reconstruction and not batch.dropped.all():
