@@ -2,7 +2,7 @@
 
     python -m scripts.emoji.pictures docs/pictures.png [--weights weights/emoji]
 
-Each is the best of 16 candidates by CLIP, four times as large.
+Each is the best of 16 candidates by CLIP, shown larger.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clipgen import ClipGen
 from scripts.training.cli import one_sentence
 
 TEXTS = {  # and their seeds
-    "a unicorn on the moon": 1, "a snowman on a sandy beach on a sunny day": 1,
+    "a unicorn on the moon": 1, "a rocket on a purple background": 1,
     "a hamburger on the moon": 1, "a car on the beach at sunset": 1,
     "a panda in the city in the rain": 1, "a watermelon on the beach": 1}
 SIDE, COLUMNS, GAP, STRIP = 256, 3, 12, 30  # pixels
