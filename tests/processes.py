@@ -31,7 +31,8 @@ STEPS = {"train_gpt": 200, "train_vqgan": 24, "train_clip": 20}
 # Everything that draws random numbers or keeps a state of its own is on, and all of it is saved.
 FLAGS = {
     "train_gpt": ("--layers", 1, "--width", 32, "--heads", 2, "--batch", 8, "--dropout", 0.1,
-                  "--noise-kind", "random", "--optimizer", "muon", "--validations", 4),
+                  "--noise-kind", "random", "--corruption", 0.5, "--optimizer", "muon",
+                  "--validations", 4),
     "train_vqgan": ("--perceptual-loss", "none", "--size", 32, "--channels", "32,32,32",
                     "--codebook-size", 256, "--batch", 4, "--gan-weight", "adaptive", "--gan-start",
                     0.4, "--validations", 3),

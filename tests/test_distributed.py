@@ -128,6 +128,19 @@ def test_train_vqgan(data, tmp_path):
     torch.testing.assert_close(alone["model"][name], together["model"][name], atol=1e-4, rtol=0)
 
 
+def test_two_processes_plan_a_time_alike(data, tmp_path):
+    """Their clocks differ: the steps are those of one of them, or the other would wait for good."""
+    (tmp_path / "both.py").write_text(PROGRAM)
+    flags = [flag for flag in FLAGS["train_gpt"] if flag not in ("--validations", 4)]
+    end(start(sys.executable, "-m", *TWO_PROCESSES, tmp_path / "both.py", "train_gpt",
+              data["train_gpt"], "--run", tmp_path / "run", *flags, "--time", "6s",
+              "--validations", 2, "--anyway"))
+    checkpoint = checkpoints.load(tmp_path / "run")
+    assert checkpoint["step"] == checkpoint["steps"] >= 10
+    first, second = (torch.load(tmp_path / "run" / f"process-{i}.pt") for i in range(2))
+    assert equal(first, second)
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_what_two_processes_did(data, tmp_path):
     command = "train_gpt", data["train_gpt"], tmp_path / "run"

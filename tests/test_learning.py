@@ -303,6 +303,23 @@ def test_a_vqgan_learns_a_batch_by_heart(vqgan_state):
 # CLIP
 
 
+def test_a_discriminator_begins_at_its_share_of_the_steps_that_are_planned(vqgan_state):
+    """Its own steps and its part in the loss begin together, also where the plan has changed."""
+    state = vqgan_state(steps=40, gan=1.0, gan_start=0.5)
+    state.plan(24)
+    begun = [("discriminator" in (values := state.step(step)), "gan" in values)
+             for step in range(24)]
+    assert begun == [(False, False)] * 12 + [(True, True)] * 12
+    assert vqgan_state(steps=40, gan=0.0).task.gan_start == 40
+
+
+def test_batches_go_on_beyond_the_steps_that_were_planned(clip_state):
+    """As those of a run that was planned as long."""
+    short, long = (clip_state(steps=steps).task.loader for steps in (5, 30))
+    for step in range(30):
+        assert all(map(torch.equal, short(step), long(step)))
+
+
 def test_the_loss_of_a_clip_step(clip_state):
     state = clip_state()
     batch = state.task.batch(0)

@@ -241,6 +241,21 @@ def test_a_stage_that_fails_is_what_is_told_of(monkeypatch):
         pass
 
 
+def test_a_run_that_goes_on_may_have_another_time(source, clip, tmp_path, monkeypatch, capsys):
+    """It is that of all starts: what the GPT has had of it is not taken off its own time again."""
+    monkeypatch.setattr(Stages, "run", lambda stages, images, held: stages)
+    asked = []
+    monkeypatch.setattr("scripts.training.stages.train_gpt", lambda given, _: asked.append(given))
+    command = [*map(str, (source, "--out", tmp_path / "out", "--run", tmp_path / "run", "--clip",
+                          clip, "--time"))]
+    for time_, spent in (("10m", {}), ("60m", {}), ("60m", {"vqgan": 900, "gpt": 300})):
+        stages = train.main([*command, time_])
+        stages.plan.spent |= spent
+        stages.train_gpt()
+    assert "was begun with 10 minutes, and has 60 now" in capsys.readouterr().err
+    assert [each.time for each in asked] == [0.92 * 600, 0.92 * 3600, 0.92 * 3600 - 900]
+
+
 def test_the_time_of_reading_counts(source, clip, monkeypatch):
     settings, given = train.parse([str(source), "--out", "o", "--clip", str(clip), "--time", "60s"])
     train.fill_in(settings)

@@ -99,7 +99,7 @@ def place_object(painter: Painter, sprite: Image.Image, x: float, spread: float,
                  scale: float) -> None:
     """Put the sprite on the ground, at most `spread` from `x`, its longer side about `scale`.
 
-    With a shadow; size, place, tilt and mirror vary.
+    With a shadow; size, place, tilt and mirror vary as the look says.
     """
     s, image = painter.s, painter.image
     look = painter.look
@@ -246,7 +246,7 @@ class Scenes:
         first, last = self.seeds[0], self.seeds[-1]
         return (f"scenes {len(self)} from {first} to {last} of {self.objects} at {self.size}, "
                 f"held out: {self.held_out}, pairs: {self.pairs}, families: {self.families}, "
-                f"stickers: {self.look if self.look.edged else False}")
+                f"look: {self.look}")
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
     python -m scripts.emoji.stranger score DIR
 
 draw   writes DIR/sheet.png, 64 numbered pictures, DIR/things.txt, what they may show, and the key.
-       --of pictures: each thing once (or as often as makes 64), in a place where no training showed
-       it, from an unseen text, best of 16 candidates; copies: the VQGAN's of renders of the same;
+       --of pictures: things drawn with repeats, in places where no training showed them, from
+       unseen texts, best of 16 candidates; copies: the VQGAN's of renders of the same;
        renders: those themselves, which is the most that any model can reach; pairs: pictures of two
        things.  Whoever reads the sheet writes DIR/answers.txt: a line for each number, as in
        "12 cat", or "12 cat, dog" for two from left to right.
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -49,13 +50,16 @@ def things_of(model: ClipGen) -> int:
 
 
 def labels_of(objects: int, seed: int) -> list[Labels]:
-    """64 scenes of one object each, every object as often as any other, in unseen places."""
+    """64 scenes of one object each in unseen places.
+
+    Objects are drawn with repeats: nobody can name a picture by what no other one shows.
+    """
     found: dict[str, list[Labels]] = {}
     for labels in held_out_labels(8 * max(objects, COUNT), objects, seed):
         found.setdefault(labels.objects[0], []).append(labels)
-    rounds = [each[i] for i in range(-(-COUNT // objects)) for each in found.values()][:COUNT]
-    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(seed))
-    return [rounds[i] for i in order.tolist()]
+    rng, scenes = np.random.default_rng([seed, 9]), list(found.values())
+    return [own[rng.integers(len(own))]
+            for own in (scenes[i] for i in rng.integers(len(scenes), size=COUNT))]
 
 
 def pictures_of(model: ClipGen, kind: str, labels: Sequence[Labels],

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+MEANINGS: dict[str, str] = {
+    "psnr_db": "how close copies of unseen images are: 20 dB can be recognised, 25 are good",
+    "ssim": "the same by structure, 1 is equal",
+    "token_ce": "nats that the GPT needs for a code of an unseen image, less is better",
+    "unigram_ce": "what it would need if it knew only how often each code occurs",
+    "token_ce_text": "as token_ce, from a caption's embedding instead of the image's",
+    "text_gap": "how much worse that is",
+    "codebook_usage": "share of the codes that occur in any image",
+    "clip_score": "cosine of samples with their texts, by the model's own CLIP",
+    "clip_i": "cosine of samples with the images whose embeddings they were made from",
+    "retrieval_r1": "how often a sample's own source is nearest to it",
+    "frechet_distance": "distance of samples from images, 0 is equal; it depends on features and "
+                        "counts",
+    "features": "what the distance was measured with",
+    "n_real": "unseen images in it",
+    "n_generated": "samples in it",
+    "independent": "whether its features had no part in the training",
+    "seconds_per_image": "one candidate, on this machine",
+    "seconds": "of the whole training",
+}
 
-def table(rows: dict[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """In Markdown, a line for each row."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |"
+                     for row in (titles, ["---"] * len(titles), *rows))
+
+
+def pairs(rows: Mapping[str, object]) -> str:
+    """A table of names and values, without titles."""
+    return table(["", ""], rows.items())
 
 
 def write_card(bundle: Path, *, command: str, notes: Sequence[str], data: dict[str, object],
-               settings: dict[str, object], scores: dict[str, object], meanings: Mapping[str, str],
+               settings: dict[str, object], scores: dict[str, object],
                plots: dict[str, Image.Image], grids: dict[str, tuple[str, Image.Image]]) -> None:
     """Write README.md and the pictures it shows, in `card/`.
 
-    notes: what a reader should know first, a sentence each.  `meanings` has a phrase for each
-    score.  `grids`: name -> (what it shows, picture).
+    notes: what a reader should know first, a sentence each.  Of the scores those that MEANINGS
+    explains are shown.  `grids`: name -> (what it shows, picture).
     """
     folder = bundle / "card"
     folder.mkdir(exist_ok=True)
@@ -33,8 +61,8 @@ def write_card(bundle: Path, *, command: str, notes: Sequence[str], data: dict[s
     shown = "\n\n".join(pictures)
     where = f"weights/{bundle.name}" if bundle.is_absolute() else bundle
     said = "\n".join(f"* {note[:1].upper()}{note[1:]}." for note in notes)
-    explained = "\n".join(["| score | value | what it says |", "|---|---|---|", *(
-        f"| {name} | {value} | {meanings[name]} |" for name, value in scores.items())])
+    explained = table(["score", "value", "what it says"], [
+        (name, scores[name], meaning) for name, meaning in MEANINGS.items() if name in scores])
     (bundle / "README.md").write_text(f"""# {bundle.name}
 
 A text-to-image model made with clipgen: VQGAN and GPT learned from images alone, without a caption.
@@ -46,7 +74,7 @@ COG_WEIGHTS={where} scripts/serve 5000
 
 ## Data
 
-{table(data)}
+{pairs(data)}
 
 ## Results
 
@@ -58,7 +86,7 @@ COG_WEIGHTS={where} scripts/serve 5000
 
 ## Settings
 
-{table(settings)}
+{pairs(settings)}
 
 Made by
 
@@ -75,10 +103,9 @@ whoever publishes this model.
 """, encoding="utf-8")
 
 
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """To stdout, a line for each row."""
-    for row in (titles, ["---"] * len(titles), *rows):
-        print("|", " | ".join(map(str, row)), "|")
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """To stdout."""
+    print(table(titles, rows))
 
 
 def print_named(rows: Mapping[str, Mapping[str, Any]]) -> None:

@@ -148,7 +148,8 @@ class GPTTask:
             shape = (total, codes.shape[1])
             wrong = (torch.rand(shape, generator=random)
                      < s.corruption * torch.rand((total, 1), generator=random))[mine].to(device)
-            seen = torch.where(wrong, codes.roll(1, 0), codes)
+            others, _ = self.data.rows(rows.roll(1)[mine], crops.roll(1)[mine])
+            seen = torch.where(wrong, others.to(device), codes)
         if s.dropout:
             torch.manual_seed(torch.randint(2**62, (world,), generator=random)[rank].item())
         return GPTBatch(codes, seen, conditions, clean, dropped.to(device))

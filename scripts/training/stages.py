@@ -41,7 +41,7 @@ from scripts.training.gpt import GPTSettings, train_gpt
 from scripts.training.loading import load_clip, load_vqgan
 from scripts.training.settings import PRECISIONS
 from scripts.training.trainer import start
-from scripts.training.verdict import MEANINGS, verdict
+from scripts.training.verdict import verdict
 from scripts.training.vqgan import VQGANSettings, train_vqgan
 
 # Shares of --time.  What the others leave over goes to the GPT, and at least its own share.
@@ -322,5 +322,4 @@ class Stages:
             settings={"CLIP": public(s.clip), "VQGAN": as_flags(plan.vqgan),
                       "GPT": as_flags(plan.gpt), "precision": s.dtype, "seconds by stage":
                       ", ".join(f"{k} {v:.0f}" for k, v in plan.spent.items())},
-            scores={k: v for k, v in result.items() if k in MEANINGS}, meanings=MEANINGS,
-            plots=plots, grids=grids)
+            scores=result, plots=plots, grids=grids)

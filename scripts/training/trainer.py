@@ -62,7 +62,7 @@ class Task(Protocol):
     """What is trained, for `steps` steps.  It is made anew to measure its speed."""
 
     model: nn.Module  # the one that is averaged, validated and kept
-    steps: int  # of the whole training; set before each step, as a run with a time plans anew
+    steps: int  # of the whole training; `State` sets it, and again where a time is kept
 
     def parts(self) -> dict[str, Part]:
         """By name, in the order of their steps; `model` is one.  Called once: it may wrap them."""
@@ -113,7 +113,7 @@ class State:
 
     def __init__(self, task: Task, settings: RunSettings, accelerator: Accelerator, steps: int):
         self.task, self.settings, self.accelerator = task, settings, accelerator
-        self.steps = task.steps = steps
+        self.plan(steps)
         self.average = EMA(task.model, settings.ema)  # a copy made before anything wraps the model
         self.parts = task.parts()
 
@@ -338,9 +338,9 @@ class Trainer:
         validations = max(1, -(-(self.state.steps - done) // self.validate_every))
         left -= validations * self.speed.validation + self.speed.saving
         steps = done + max(0, int(left / self.speed.step))
+        steps, = broadcast_object_list([steps])  # the clocks of other processes differ a little
         if done == self.state.steps and steps - done < self.log_every:
             return  # too few to go on for
-        steps, = broadcast_object_list([steps])
         self.state.plan(steps)
         self.validate_every = max(self.validate_every, -(-steps // self.own["validations"]))
         self.bar.total = steps

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-# Rules of thumb, from the runs in docs/training.md and docs/results.md: things in copies of 22 to
-# 25 dB can be named, in those of 15 to 18 they are stains.  A GPT of photographs ends at 0.8 of the
-# unigram entropy, one of drawings at 0.3 to 0.6; at 0.9 samples are coloured noise.
+# Rules of thumb, not measured on many kinds of data.  What is in the copies of docs/training.md's
+# example and of the default bundle, 23 to 25 dB, can be named; a GPT that knows no more than how
+# often each code occurs draws coloured noise.  The default bundle's ends at 0.31 of that entropy.
 PSNR = 20.0  # dB
 KNOWS = 0.9  # nats per code, as a share of the entropy of the codes' frequencies
 FEW = 1000  # steps of a stage
@@ -53,25 +52,3 @@ def too_few(steps: int, least: int, time: float) -> str:
     times = -(-2 * least // max(1, steps))
     return (f"{steps} steps fit into {time / 60:.1f} min, and fewer than {least} learn nothing "
             f"that could be seen: give a --time {times} times as long, or --anyway")
-
-
-MEANINGS: dict[str, Any] = {
-    "psnr_db": "how close copies of unseen images are: 20 dB can be recognised, 25 are good",
-    "ssim": "the same by structure, 1 is equal",
-    "token_ce": "nats that the GPT needs for a code of an unseen image, less is better",
-    "unigram_ce": "what it would need if it knew only how often each code occurs",
-    "token_ce_text": "as token_ce, from a caption's embedding instead of the image's",
-    "text_gap": "how much worse that is",
-    "codebook_usage": "share of the codes that occur in any image",
-    "clip_score": "cosine of samples with their texts, by the model's own CLIP",
-    "clip_i": "cosine of samples with the images whose embeddings they were made from",
-    "retrieval_r1": "how often a sample's own source is nearest to it",
-    "frechet_distance": "distance of samples from images, 0 is equal; it depends on features and "
-                        "counts",
-    "features": "what the distance was measured with",
-    "n_real": "unseen images in it",
-    "n_generated": "samples in it",
-    "independent": "whether its features had no part in the training",
-    "seconds_per_image": "one candidate, on this machine",
-    "seconds": "of the whole training",
-}
