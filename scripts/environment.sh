@@ -1,14 +1,16 @@
 # Sourced by the commands beside it (bash): `ensure_environment serve` or `ensure_environment dev`
-# leaves a complete .venv with what requirements.txt or requirements-dev.txt lists.
+# leaves a complete .venv with what requirements.txt or requirements-dev.txt lists;
+# `ensure_environment demo` a .venv-demo with requirements-demo.txt, which fits neither.
 #
 # A stamp in .venv, written last, holds the Python version and the requirements that are installed.
 # While it matches, nothing is run; otherwise pip finishes what is there. CLIPGEN_TORCH_INDEX may
 # name an index with a CPU-only torch.
 
 project="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="$project/.venv"
 
 ensure_environment() {
+    local venv="$project/.venv" # of all functions below
+    [ "$1" != demo ] || venv="$project/.venv-demo"
     if is_complete "$1"; then return; fi
     trap 'exit 130' INT
     exec 9<"$project/requirements.txt"
@@ -27,14 +29,19 @@ is_complete() {
 
 wanted_stamp() {
     python_version "$venv/bin/python"
-    cat "$project/requirements.txt"
-    [ "$1" = serve ] || cat "$project/requirements-dev.txt"
+    case "$1" in
+    serve) cat "$project/requirements.txt" ;;
+    dev) cat "$project/requirements.txt" "$project/requirements-dev.txt" ;;
+    demo) cat "$project/requirements-demo.txt" ;;
+    esac
 }
 
 install() {
     local requirements=requirements.txt python size=6 peak=12 package
-    [ "$1" = serve ] || requirements=requirements-dev.txt
-    if [ -n "${CLIPGEN_TORCH_INDEX:-}" ] || [ "$(uname -sm)" != "Linux x86_64" ]; then
+    [ "$1" = serve ] || requirements="requirements-$1.txt"
+    if [ "$1" = demo ]; then
+        size=1 peak=2
+    elif [ -n "${CLIPGEN_TORCH_INDEX:-}" ] || [ "$(uname -sm)" != "Linux x86_64" ]; then
         size=1 peak=3 # no CUDA libraries
     fi
 
@@ -53,15 +60,15 @@ install() {
         [ -e "$package/INSTALLER" ] || rm -rf "$package"
     done
     mkdir -p "$venv/tmp" # for downloads: /tmp may be small
-    if [ -n "${CLIPGEN_TORCH_INDEX:-}" ]; then
+    if [ -n "${CLIPGEN_TORCH_INDEX:-}" ] && [ "$1" != demo ]; then
         pip_install --no-deps --index-url "$CLIPGEN_TORCH_INDEX" \
             $(grep -E '^torch(vision)?==' "$project/requirements.txt")
     fi
     pip_install -r "$project/$requirements"
     rm -rf "$venv/tmp"
 
-    wanted_stamp serve >"$venv/clipgen-serve"
-    [ "$1" = serve ] || wanted_stamp dev >"$venv/clipgen-dev"
+    [ "$1" != dev ] || wanted_stamp serve >"$venv/clipgen-serve"
+    wanted_stamp "$1" >"$venv/clipgen-$1"
 }
 
 # venv writes bin/activate after everything else, pip included.

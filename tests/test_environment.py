@@ -153,6 +153,20 @@ def test_changed_requirements_and_the_dev_ones_are_added(finished):
     assert finished.run("dev")[0] == 0  # its requirements include the changed ones
 
 
+def test_the_page_has_an_environment_of_its_own(project):
+    (project.folder / "requirements-demo.txt").write_text("page==1.0\n")
+    project.wheel("page", "1.0")
+    status, errors = project.run("demo", CLIPGEN_TORCH_INDEX="file:///nowhere")
+    assert status == 0 and ".venv-demo" in errors, errors
+    assert project.run("demo") == (0, "") and not (project.folder / ".venv").exists()
+    assert [path.name for path in project.folder.glob(".venv-demo/clipgen-*")] == ["clipgen-demo"]
+    assert list(project.folder.glob(".venv-demo/lib/python3.*/site-packages/page.py"))
+
+    assert project.run("serve")[0] == 0 and project.installed("tiny") == "1.0"
+    assert project.installed("page") == ""
+    assert project.run("demo") == project.run("serve") == (0, "")
+
+
 def test_a_package_that_was_cut_short_is_installed_again(finished):
     packages = finished.packages()
     (packages / "tiny.py").unlink()

@@ -22,6 +22,7 @@ from PIL import Image
 import predict
 from clipgen import ClipGen, is_out_of_memory
 from clipgen.bundle import SamplingDefaults, save_bundle
+from scripts.serving.client import Client
 from tests.micro import micro_bundle, micro_clip, micro_gpt, micro_vqgan
 from tests.server import ROOT, Server, Sink, data, wait_for
 
@@ -77,6 +78,60 @@ def emoji(tmp_path_factory):
     command = [str(ROOT / "scripts" / "serve")]
     with Server(tmp_path_factory.mktemp("emoji"), directory, command=command) as server:
         yield server.ready()
+
+
+# The client of the page
+
+
+def client_of(server):
+    return Client(f"http://127.0.0.1:{server.port}/")
+
+
+def test_the_client_returns_what_the_server_drew(server, tmp_path):
+    inputs = {"text": TEXT, "num_outputs": 3, "candidates": 5, "seed": 12}
+    response, files = server.predict(**inputs), server.files(**inputs)
+    answer = client_of(server).predict(**inputs, image=None)
+    assert [picture.content for picture in answer.pictures] == files
+    assert [picture.seed for picture in answer.pictures] == response["metrics"]["seeds"]
+    assert [picture.score for picture in answer.pictures] == response["metrics"]["scores"]
+    assert {picture.suffix for picture in answer.pictures} == {".webp"} and answer.warnings == []
+
+    path = tmp_path / "seen.webp"
+    path.write_bytes(files[0])
+    answer = client_of(server).predict(text="", image=path, seed=3, output_format="jpg")
+    assert [picture.content for picture in answer.pictures] == server.files(
+        text="", image=data_url(files[0], "image/webp"), seed=3, output_format="jpg")
+    assert {picture.suffix for picture in answer.pictures} == {".jpg"}
+
+
+def test_the_client_passes_warnings_and_errors_on_as_sentences(server):
+    client = client_of(server)
+    assert len(client.predict(text="a zeppelin", num_outputs=1).warnings) == 1
+    for words, inputs in {"top_p": {"top_p": 3}, "num_outputs": {"num_outputs": 0},
+                          "text must be": {"text": " "}, "candidates": {"candidates": "many"},
+                          "image": {"image": "no picture"}}.items():
+        with pytest.raises(RuntimeError, match=words) as error:
+            client.predict(**{"text": TEXT} | inputs)
+        assert "\n" not in str(error.value) and "Prediction failed" not in str(error.value)
+
+
+def test_the_client_waits_for_a_busy_server(slow):
+    thread = slow.start("first", text=TEXT, candidates=64, num_outputs=1)
+    answer = client_of(slow).predict(text=TEXT, candidates=1, num_outputs=1, seed=5)
+    thread.join()
+    assert thread.response["status"] == "succeeded" and answer.pictures[0].seed == 5
+
+
+def test_the_client_does_not_wait_for_a_server_that_will_never_be_ready(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    with Server(tmp_path / "server", tmp_path / "bundle") as broken:
+        assert broken.set_up()["status"] == "SETUP_FAILED"
+        with pytest.raises(RuntimeError, match="model cannot be loaded: .*bundle"):
+            client_of(broken).wait()
+    with pytest.raises(RuntimeError, match="has ended"):
+        client_of(broken).wait(lambda: False)
+    with pytest.raises(RuntimeError, match="STARTING after 0 seconds"):
+        client_of(broken).wait(seconds=0.2)
 
 
 # What a request gives
