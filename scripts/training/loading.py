@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from clipgen import bundle
 from clipgen.clip import CLIP, CLIPConfig
 from clipgen.gpt import GPT, GPTConfig
 from clipgen.vqgan import VQGAN, VQGANConfig
+from scripts.training.open_clip_models import clip_of_open_clip
 
 CODES = ("encoder.", "quantizer.")  # what codes depend on; the decoder may be trained further
 
@@ -33,37 +33,6 @@ def load_clip(source: str | Path) -> CLIP:
     if directory.is_dir():
         return of_run(directory, "clip", lambda data: CLIP(CLIPConfig(**data)))
     return clip_of_open_clip(str(source))
-
-
-def clip_of_open_clip(name: str) -> CLIP:
-    architecture, _, pretrained = name.partition(":")
-    import open_clip
-
-    if architecture not in open_clip.list_models() or not pretrained:
-        raise ValueError(f"CLIP {name} is no bundle, no run of train_clip and no "
-                         "ARCHITECTURE:PRETRAINED of open_clip: give for example weights/emoji or "
-                         "ViT-B-32-quickgelu:openai")
-    logging.disable(logging.ERROR)  # what matters is in the sentence below
-    try:
-        module, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained)
-    except Exception as error:  # open_clip, its hub and the network raise many kinds
-        what = (f"check that {pretrained} is a checkpoint of {architecture}"
-                if Path(pretrained).is_file() else "check the network")
-        raise ValueError(f"CLIP {name} cannot be had ({error!s:.120}): {what}, or give a bundle "
-                         "for its CLIP, as weights/emoji") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    model = {key: value for key, value in open_clip.get_model_config(architecture).items()
-             if key in ("embed_dim", "vision_cfg", "text_cfg")}
-    model["quick_gelu"] = bool(open_clip.get_model_config(architecture).get("quick_gelu"))
-    normalise = preprocess.transforms[-1]
-    try:
-        clip = CLIP(CLIPConfig(model=model, image_mean=tuple(normalise.mean),
-                               image_std=tuple(normalise.std)))
-    except ValueError as error:
-        raise ValueError(f"CLIP {name} cannot be used: {error}") from None
-    clip.model.load_state_dict(module.state_dict())
-    return clip.eval()
 
 
 def load_vqgan(source: str | Path) -> VQGAN:
