@@ -97,7 +97,31 @@ def test_train_gpt(data, tmp_path):
         assert difference(one, two, name) < 1e-4
     both(two)
     said = sentence("train_gpt", data["train_gpt"], two, "--dropout", 0, "--steps", STEPS)
-    assert "other settings (processes 2 became 1): give those again" in said
+    assert "other settings (batch of all processes 16 became 8): give those again" in said
+
+
+@pytest.mark.parametrize("launcher", [
+    (*TWO_PROCESSES, "-m", "scripts.train_gpt"),
+    # Without `--` torchrun takes --run for the beginning of its own --run-path.
+    ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "--",
+     "scripts.train_gpt")])
+def test_a_run_of_two_goes_on_with_one(data, tmp_path, launcher):
+    flags = (*FLAGS["train_gpt"], "--dropout", 0, "--steps", STEPS, "--save-minutes", 0)
+    end(start(sys.executable, "-m", *launcher, data["train_gpt"], "--run", tmp_path / "run", *flags,
+              "--batch", 8))
+    directory = tmp_path / "run"
+    (last, path), (early, _) = checkpoints.found(directory)
+    assert 0 < early < last == STEPS
+    path.unlink()
+    for name in ("gpt.json", "gpt.safetensors"):
+        (directory / name).unlink()
+    arguments = ("train_gpt", data["train_gpt"], directory, *flags[len(FLAGS["train_gpt"]):])
+    assert "batch of all processes 16 became 15" in sentence(*arguments, "--batch", 15)
+    train(*arguments, "--batch", 16)
+    train(*arguments[:2], tmp_path / "one", *arguments[3:], "--batch", 16)
+    two, one = (checkpoints.load(run)["training"]["model"] for run in (directory, tmp_path / "one"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
 
 
 def test_train_clip(data, tmp_path):

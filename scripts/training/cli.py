@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -158,6 +159,9 @@ def one_sentence() -> Iterator[None]:
 
 
 def said_here() -> bool:
-    """Whether this process speaks for all; training libraries, once loaded, know which it is."""
+    """Whether this process speaks for all; training libraries, once loaded, know which it is, and
+    before that the launcher has said so."""
     accelerate = sys.modules.get("accelerate")
-    return accelerate is None or accelerate.PartialState().is_main_process
+    if accelerate is None:
+        return os.environ.get("RANK", "0") == "0"
+    return accelerate.PartialState().is_main_process

@@ -39,6 +39,14 @@ def identity(settings: Any, **facts: Any) -> dict[str, Any]:
     return json.loads(json.dumps(fixed | facts, default=str))
 
 
+def on_any_processes(own: dict[str, Any]) -> dict[str, Any]:
+    """The same settings however the batch is divided: a run may go on with more processes, or
+    fewer, as long as all of them together have the same batch."""
+    whole = own["batch"] * own["processes"]
+    return {name: value for name, value in own.items() if name not in ("batch", "processes")} | {
+        "batch of all processes": whole}
+
+
 def require_same(where: Path, was: dict[str, Any], now: dict[str, Any],
                  remedy: str = "give those again, or another --run directory") -> None:
     """ValueError, one sentence, where the run begun in `where` was another one."""

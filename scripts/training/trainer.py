@@ -33,7 +33,13 @@ from scripts.training import checkpoints
 from scripts.training.cli import Stopped
 from scripts.training.optim import EMA, learning_rate, set_learning_rate
 from scripts.training.run_directory import all_finite, claim, memory_gb, step_of
-from scripts.training.settings import PRECISIONS, RunSettings, identity, require_same
+from scripts.training.settings import (
+    PRECISIONS,
+    RunSettings,
+    identity,
+    on_any_processes,
+    require_same,
+)
 from scripts.training.verdict import too_few
 
 KEPT = 0.98  # of a --time is planned with: some is spent after the last step
@@ -212,7 +218,8 @@ def train(settings: RunSettings, accelerator: Accelerator, make: Callable[[int],
         if checkpoint:
             if settings.time:  # how many steps that meant at first
                 own |= {k: checkpoint["settings"][k] for k in ("steps", "validations")}
-            require_same(settings.run, checkpoint["settings"], own)
+            require_same(settings.run, on_any_processes(checkpoint["settings"]),
+                         on_any_processes(own))
         elif settings.time:
             own["steps"], own["validations"] = affordable(settings, accelerator, make)
             if own["steps"] < LEAST and not settings.anyway:
