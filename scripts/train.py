@@ -78,8 +78,8 @@ def main(arguments: list[str] | None = None) -> dict:
     began = time.time()
     settings, given = parse(arguments)
     fill_in(settings)
-    accelerator = start(settings.dtype, settings.seed)
     with one_sentence():
+        accelerator = start(settings.dtype, settings.seed)
         return train(settings, given, accelerator, began,
                      sys.argv[1:] if arguments is None else arguments)
 

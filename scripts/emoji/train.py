@@ -43,6 +43,7 @@ from scripts.training.trainer import start
 from scripts.training.vqgan import VQGANSettings, train_vqgan
 
 HELD, VALIDATION = "first=310000000", "first=300000000"  # seeds that nothing is trained on
+PAIRS = 60  # of a hundred scenes that the GPT learns from show two things: they are harder
 TRAININGS = {CLIPSettings: train_clip, VQGANSettings: train_vqgan, GPTSettings: train_gpt}
 COMMANDS = {EncodeSettings: encode_images, BundleSettings: make_bundle}
 
@@ -106,7 +107,8 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
         "vqgan": VQGANSettings(images=scenes, validation=held, run=vqgan, clip=str(clip), **exact,
                                size=preset.size, **own("vqgan")),
         "encode": EncodeSettings(
-            images=scenes, out=shards, validation=f"scenes:1000,{world},{VALIDATION}",
+            images=f"{scenes},pairs={PAIRS}", out=shards,
+            validation=f"scenes:1000,{world},{VALIDATION}",
             clip=str(clip), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
         "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
         # Alone, on codes that stay, it goes on learning; a discriminator can make it sharp.
@@ -114,7 +116,7 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
             images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
             **exact, optimizer="adamw", warmup=50, lr=6e-4, **own("decoder")),
         "bundle": BundleSettings(
-            out=out, clip=str(clip), vqgan=str(decoder), gpt=gpt, guidance=3.0, top_p=0.95,
+            out=out, clip=str(clip), vqgan=str(decoder), gpt=gpt, guidance=2.0, top_p=0.95,
             force=True, trained_on=scenes)}
 
 

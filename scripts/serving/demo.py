@@ -165,6 +165,10 @@ def main() -> None:
     weights = a.weights.resolve()
     if not (weights / "config.json").is_file():
         parser.error(f"--weights {a.weights} is no bundle: it has no config.json")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", a.port)) == 0:
+            say(f"port {a.port} is in use: give another one, scripts/demo PORT")
+            sys.exit(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with (tempfile.TemporaryDirectory(prefix="clipgen-demo-") as folder,
           server(weights, port := free_port()) as process):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -159,9 +158,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def said_here() -> bool:
-    """Whether this process speaks for all; training libraries, once loaded, know which it is, and
-    before that the launcher has said so."""
+    """Whether this process speaks for all; training libraries, once loaded, know which it is."""
     accelerate = sys.modules.get("accelerate")
-    if accelerate is None:
-        return os.environ.get("RANK", "0") == "0"
-    return accelerate.PartialState().is_main_process
+    # Where it could not be made, as for want of an address, it knows nothing.
+    return accelerate is None or getattr(accelerate.PartialState(), "is_main_process", True)

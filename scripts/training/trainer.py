@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -87,7 +88,10 @@ class Task(Protocol):
 
 
 def start(dtype: str, seed: int) -> Accelerator:
-    """The processes and devices of this run, as `accelerate launch` or its absence has it."""
+    """The processes and devices of this run, as `accelerate launch` or its absence has it.
+
+    ValueError: a launcher started several processes, each of which takes itself for the only one.
+    """
     sys.excepthook = say_interrupted
     # TensorBoard's own thread meets a full disk too; the loop below is the one to say it.
     threading.excepthook = lambda fault: (None if isinstance(fault.exc_value, OSError)
@@ -98,7 +102,12 @@ def start(dtype: str, seed: int) -> Accelerator:
     torch.set_flush_denormal(True)
     # One process may work while the others wait: it fetches CLIP, or evaluates.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(mixed_precision=PRECISIONS[dtype], kwargs_handlers=[patience])
+    accelerator = Accelerator(mixed_precision=PRECISIONS[dtype], kwargs_handlers=[patience])
+    begun = os.environ.get("WORLD_SIZE", "1")
+    if begun != "1" and accelerator.num_processes == 1:
+        raise ValueError(f"the launcher started {begun} processes, and without GPUs each trains "
+                         "alone: set ACCELERATE_USE_CPU=true, and they train together")
+    return accelerator
 
 
 def say_interrupted(kind: type, error: BaseException, traceback: Any) -> None:
