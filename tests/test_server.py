@@ -127,7 +127,7 @@ def test_the_client_does_not_wait_for_a_server_that_will_never_be_ready(tmp_path
     with Server(tmp_path / "server", tmp_path / "bundle") as broken:
         assert broken.set_up()["status"] == "SETUP_FAILED"
         with pytest.raises(RuntimeError, match="model cannot be loaded: .*bundle"):
-            client_of(broken).wait()
+            client_of(broken).wait(seconds=60)
     with pytest.raises(RuntimeError, match="has ended"):
         client_of(broken).wait(lambda: False)
     with pytest.raises(RuntimeError, match="STARTING after 0 seconds"):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripts.emoji import clip_scores, nats, scenes, stranger, suggested
+from scripts.emoji.painter import STICKERS
 from scripts.emoji.scenes import Scenes
 from scripts.emoji.world import HELD_OUT, OBJECTS, Labels, draw_labels, write_caption
 from tests.micro import micro_bundle
@@ -138,3 +139,26 @@ def test_suggested_texts_name_a_thing_and_are_judged_by_all_that_they_name():
                              (Labels(("cat",), "", None), [True, True, False, False]),
                              (Labels(("cat",), "", "night"), [True, True, False, False])):
         assert suggested.right(Answers(), pixels, labels) == expected
+
+
+def test_both_are_read_from_embeddings_that_say_them(monkeypatch):
+    """A CLIP whose embeddings are sums of one direction a thing, and captions of noise."""
+    directions = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0]
+    names = list(OBJECTS)[:6]
+
+    def embedded(clip, images, size=64):
+        labels = [images.drawn_labels(i) for i in range(len(images))]
+        sums = torch.stack([sum(directions[names.index(name)] for name in each.objects)
+                            for each in labels])
+        return torch.nn.functional.normalize(sums, dim=1), labels
+
+    class Deaf:
+        def embed_texts(self, texts):
+            return torch.randn(len(texts), 32, generator=torch.Generator().manual_seed(1))
+
+    monkeypatch.setattr(clip_scores, "embedded", embedded)
+    for noise, least in ((0, 0.99), (0.4, 0.9)):
+        images, texts = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=noise)
+        assert images >= least and texts < 0.5
+    blurred, _ = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=100)
+    assert blurred < 0.9

@@ -1,6 +1,7 @@
 """What a CLIP of the default world tells apart: measured on renders that it never saw.
 
     python -m scripts.emoji.clip_scores weights/emoji [--objects 40] [--count 1000] [--stickers]
+        [--noise 0]
 
 retrieval_one, retrieval_two   share of scenes of one or two things whose nearest caption of 100 is
                   their own (or says the same), among captions of as many things.
@@ -8,7 +9,9 @@ retrieval_family  the same among the captions of its family alone (`world.relati
                   the same two the other way round, one of them missing, another place.
 score_auc         the chance that a scene with what its text says scores above one of its family
                   that lacks it: how far the score can be believed.
-both_read         scenes of two things in whose embedding a small network finds both.
+both_read         scenes of two things in whose embedding a small network finds both, trained with
+                  `--noise` on the embeddings, as a GPT is.
+both_read_text    the same of the embeddings of their captions, which the network never saw.
 
 A CLIP is a bundle, a run of train_clip or open_clip's ARCHITECTURE:PRETRAINED.  The last line of
 stdout is JSON.
@@ -29,7 +32,8 @@ from scripts.data.dataset import stack_views
 from scripts.emoji.painter import PLAIN, STICKERS, Look
 from scripts.emoji.scenes import Scenes
 from scripts.emoji.world import FAMILY, OBJECTS, PAIR_SHARE, Labels, write_caption
-from scripts.training.cli import number, one_sentence, positive
+from scripts.training.cli import amount, number, one_sentence, positive
+from scripts.training.gpt import perturbation
 from scripts.training.loading import load_clip
 from scripts.training.optim import adamw, learning_rate, set_learning_rate
 
@@ -83,9 +87,10 @@ def score_auc(parts: list[Tensor], labels: list[Labels]) -> float:
 
 
 def both_read(clip: CLIP, objects: int, count: int, look: Look, first: int = FIRST + 10**6,
-              steps: int = 3000) -> float:
-    """Share of held-back scenes of two kinds of things of which a network of one hidden layer,
-    trained on the embeddings of 20 times as many others, finds both the surest."""
+              steps: int = 3000, noise: float = 0) -> tuple[float, float]:
+    """Shares of held-back scenes of two kinds of things, and of their captions, of which a network
+    of one hidden layer, trained on the embeddings of 20 times as many other scenes, finds both the
+    surest.  noise: as `train_gpt` adds it to those."""
     scenes = Scenes(range(first, first + 21 * count), objects, pairs=100, look=look)
     images, labels = embedded(clip, scenes)
     names = list(OBJECTS)[:objects]
@@ -96,21 +101,28 @@ def both_read(clip: CLIP, objects: int, count: int, look: Look, first: int = FIR
     network = nn.Sequential(nn.Linear(images.shape[1], 512), nn.GELU(), nn.Linear(512, objects))
     optimizer, scale = adamw(network, 2e-3, 0.05), images.shape[1] ** 0.5
     for step in range(steps):
-        rows = torch.randint(count, len(labels), (256,),
-                             generator=torch.Generator().manual_seed(step))
-        loss = F.binary_cross_entropy_with_logits(network(scale * images[rows]), targets[rows])
+        random = torch.Generator().manual_seed(step)
+        rows = torch.randint(count, len(labels), (256,), generator=random)
+        seen = F.normalize(images[rows] + perturbation(
+            len(rows), images.shape[1], noise, random, "fixed"), dim=1)
+        loss = F.binary_cross_entropy_with_logits(network(scale * seen), targets[rows])
         set_learning_rate(optimizer, learning_rate(step, steps, 2e-3, 100))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     two = [i for i in range(count) if len(set(labels[i].objects)) == 2]
+
+    def share(embeddings: Tensor) -> float:
+        sure = network(scale * embeddings).topk(2, 1).indices.tolist()
+        return sum({names[k] for k in found} == set(labels[i].objects)
+                   for found, i in zip(sure, two, strict=True)) / len(two)
+
     with torch.no_grad():
-        sure = network(scale * images[two]).topk(2, 1).indices.tolist()
-    return sum({names[k] for k in found} == set(labels[i].objects)
-               for found, i in zip(sure, two, strict=True)) / len(two)
+        return share(images[two]), share(clip.embed_texts(captions([labels[i] for i in two], 0)))
 
 
-def scores(clip: CLIP, objects: int, count: int, look: Look) -> dict[str, float]:
+def scores(clip: CLIP, objects: int, count: int, look: Look, noise: float = 0
+           ) -> dict[str, float]:
     found = {}
     for name, pairs in (("retrieval_one", 0), ("retrieval_two", 100)):
         images, labels = embedded(clip, Scenes(range(FIRST, FIRST + count), objects, pairs=pairs,
@@ -120,9 +132,10 @@ def scores(clip: CLIP, objects: int, count: int, look: Look) -> dict[str, float]
                     pairs=round(100 * PAIR_SHARE), look=look)
     images, labels = embedded(clip, family)
     parts = similarities(clip, images, labels, FAMILY)
+    both, both_text = both_read(clip, objects, count, look, noise=noise)
     return found | {"retrieval_family": retrieval(parts, labels),
                     "score_auc": score_auc(parts, labels),
-                    "both_read": both_read(clip, objects, count, look)}
+                    "both_read": both, "both_read_text": both_text}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -132,11 +145,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     p.add_argument("--objects", type=number(int, 2, len(OBJECTS)), default=40)
     p.add_argument("--count", type=positive, default=1000)
     p.add_argument("--stickers", action="store_true", help="scenes of that look")
+    p.add_argument("--noise", type=amount, default=0.0, help="for both_read (0)")
     a = p.parse_args(arguments)
     look = STICKERS if a.stickers else PLAIN
     with one_sentence():
         return {name: round(value, 4) for name, value in
-                scores(load_clip(a.clip), a.objects, a.count, look).items()}
+                scores(load_clip(a.clip), a.objects, a.count, look, a.noise).items()}
 
 
 if __name__ == "__main__":

@@ -91,12 +91,12 @@ class Client:
                                  if line.startswith("Warning: ")])
 
     def _request(self, path: str, body: Any = None) -> tuple[int, Any]:
-        """HTTP status and what the JSON says; with a body it is a POST."""
+        """HTTP status and what the JSON says; with a body it is a POST, which may take long."""
         request = urllib.request.Request(
             self.url + path, None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request) as response:
+            with urllib.request.urlopen(request, timeout=10 if body is None else None) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             with error:
