@@ -27,7 +27,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 TWO_PROCESSES = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                  "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                  "--main_process_port", "0")
-STEPS = {"train_gpt": 200, "train_vqgan": 24, "train_clip": 20}
+STEPS = {"train_gpt": 200, "train_vqgan": 24, "train_clip": 20, "train_text": 20}
 # Everything that draws random numbers or keeps a state of its own is on, and all of it is saved.
 FLAGS = {
     "train_gpt": ("--layers", 1, "--width", 32, "--heads", 2, "--batch", 8, "--dropout", 0.1,
@@ -37,7 +37,8 @@ FLAGS = {
                     "--codebook-size", 256, "--batch", 4, "--gan-weight", "adaptive", "--gan-start",
                     0.4, "--validations", 3),
     "train_clip": ("--size", 32, "--width", 8, "--text-width", 32, "--text-layers", 1, "--batch",
-                   8, "--validations", 4)}
+                   8, "--validations", 4),
+    "train_text": ("--clip", "weights/emoji", "--batch", 8, "--validations", 4)}
 
 
 def micro_shards(directory: Path, spoilt: int | None = None) -> Path:

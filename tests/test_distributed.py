@@ -50,7 +50,8 @@ importlib.import_module(f"scripts.{sys.argv[1]}").main(sys.argv[2:])
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     images = micro_images(root / "images")
-    return {"train_gpt": micro_shards(root / "shards"), "train_vqgan": images, "train_clip": images}
+    return {"train_gpt": micro_shards(root / "shards"), "train_vqgan": images, "train_clip": images,
+            "train_text": images}
 
 
 def one_and_two(script, data, root, batch, *flags):
@@ -142,6 +143,14 @@ def test_train_clip(data, tmp_path):
     assert statistics
     for name in statistics:
         torch.testing.assert_close(alone[name], together[name], atol=1e-4, rtol=1e-4)
+
+
+def test_train_text(data, tmp_path):
+    one, two = one_and_two("train_text", data["train_text"], tmp_path, 16, "--lr", 1e-4)
+    assert len(log(one, "loss")) == STEPS
+    for name in ("loss", "cosine", "retrieval"):
+        assert difference(one, two, name) < 1e-4
+    both(two)
 
 
 def test_train_vqgan(data, tmp_path):

@@ -53,7 +53,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, shards):
     images = micro_images(tmp_path_factory.mktemp("images"))
-    return {"train_gpt": shards, "train_vqgan": images, "train_clip": images}
+    return {"train_gpt": shards, "train_vqgan": images, "train_clip": images, "train_text": images}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def run(half, tmp_path):
 @pytest.mark.parametrize("script, kills, seed", [
     ("train_gpt", 4, 0),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ("train_gpt", 4, 1), ("train_gpt", 4, 2), ("train_vqgan", 5, 3), ("train_clip", 3, 4)])])
+        ("train_gpt", 4, 1), ("train_gpt", 4, 2), ("train_vqgan", 5, 3), ("train_clip", 3, 4),
+        ("train_text", 3, 5)])])
 def test_killed_at_random_moments_it_ends_in_the_same_weights(script, kills, seed, data, whole,
                                                               tmp_path):
     rng = random.Random(seed)
@@ -117,7 +118,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(script, kills, see
     measured = {"codes_per_second", "memory_gb"}
     assert ({k: v for k, v in printed.items() if k not in measured}
             == {k: v for k, v in whole(script)[1].items() if k not in measured})
-    scores = {"train_gpt": "token_ce", "train_vqgan": "psnr_db", "train_clip": "retrieval"}
+    scores = {"train_gpt": "token_ce", "train_vqgan": "psnr_db", "train_clip": "retrieval",
+              "train_text": "cosine"}
     assert log(command[2], scores[script]) == log(whole(script)[0], scores[script])
     assert list(log(command[2], "loss")) == list(range(1, STEPS[script] + 1))
     assert not list(command[2].glob(".*.part")) and len(saved(command[2])) == checkpoints.KEPT

@@ -30,13 +30,15 @@ def test_the_parts_fit_together(preset, monkeypatch):
     sizes = {name: {open_images(value)[0].size for key, value in vars(part).items()
                     if key in ("images", "validation") and value} for name, part in parts.items()}
     assert sizes.pop("clip") == {parts["clip"].size}
-    assert {*sizes["vqgan"], *sizes["encode"], *sizes["decoder"]} == {parts["vqgan"].size}
+    assert {size for each in sizes.values() for size in each} == {parts["vqgan"].size}
     assert parts["clip"].batch % parts["clip"].together == 0
-    assert min(others) > max(trained) and len(others) == 4
+    assert min(others) > max(trained) and len(others) == 5
     assert [each.held_out for each in seen].count(True) == 2
     assert make_vqgan(parts["vqgan"]).config.grid == 16
     assert parts["decoder"].decoder_of == parts["encode"].vqgan == str(parts["vqgan"].run)
     assert parts["bundle"].vqgan == str(parts["decoder"].run)
+    assert parts["text"].clip == str(parts["clip"].run)
+    assert parts["encode"].clip == parts["bundle"].clip == str(parts["text"].run)
     assert parts["gpt"].shards == parts["encode"].out and parts["bundle"].gpt == parts["gpt"].run
 
 

@@ -18,7 +18,7 @@ from scripts import train_clip, train_vqgan
 from scripts.data.presets import open_images
 from scripts.evaluation.metrics import entropy, psnr, ssim
 from scripts.training.gpt import perturbation
-from scripts.training.loading import CODES, fingerprint, load_vqgan
+from scripts.training.loading import CODES, IMAGE_TOWER, fingerprint, load_clip, load_vqgan
 from scripts.training.losses import Discriminator, EmbeddingReconstruction, centre
 from scripts.training.optim import learning_rate
 from scripts.training.trainer import start
@@ -93,6 +93,8 @@ def test_the_whole_chain_ends_in_a_bundle_that_generates(folder, tmp_path):
     assert 0 < result["token_ce"] < 2 * np.log(32) and 0 < result["unigram_ce"] <= np.log(32)
     assert result["text_gap"] == pytest.approx(result["token_ce_text"] - result["token_ce"],
                                                abs=1e-3)
+    made_of = json.loads((gpt / "shards.json").read_text())
+    assert made_of["image_tower_sha256"] == fingerprint(load_clip(clip), *IMAGE_TOWER)
     assert (gpt / "images.png").is_file() and (gpt / "texts.png").is_file()
     # Other settings do not continue the run.
     error = run("train_gpt", shards, "--run", gpt, "--steps", 9, *size, fails=True)

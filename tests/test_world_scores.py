@@ -59,19 +59,23 @@ def test_pairs_and_conditions_are_compared_with_one_candidate_each(monkeypatch):
     monkeypatch.setattr(world_scores, "draw_labelled", lambda labels, size, seed, look: torch.full(
         (len(labels), 3, size, size), 9, dtype=torch.uint8))
     ones, asked = held_out_labels(8, OBJECTS, 0), []
-    prompts = Prompts(ones, [], [""] * 8)
+    twos = [Labels(("cat", "dog"), "sea", "day"), Labels(("dog", "car"), "moon", None)]
+    prompts = Prompts(ones, twos, [""] * 10)
 
     def sample(conditions, candidates):
         asked.append(conditions)
-        n_right = 6 if isinstance(conditions, torch.Tensor) else 7
-        assert candidates == 1 and len(conditions) == 8
-        return None, images([[1, 0, 0]] * n_right + [[0, 0, 0]] * (8 - n_right))
+        n = len(conditions)
+        n_right = 1 if n == 2 else 6 if isinstance(conditions, torch.Tensor) else 7
+        assert candidates == 1 and n in (2, 8)
+        return None, images([[1, 0, 0]] * n_right + [[0, 0, 0]] * (n - n_right))
 
-    first = images([[1, 0, 0]] * 3 + [[0, 0, 0]] * 5)
+    first = images([[1, 0, 0]] * 3 + [[0, 0, 0]] * 5 + [[1, 0, 0]] * 2)
     scores = paired_scores(Reader(), prompts, first, sample, 16, seed=0)
     assert scores == {"object_right_unseen_pairs": 3 / 8, "object_right_seen_pairs": 7 / 8,
-                      "object_right_of_images": 6 / 8, "text_over_image": pytest.approx(0.5)}
-    texts, pictures = asked
+                      "object_right_of_images": 6 / 8, "both_objects_right_of_images": 1 / 2,
+                      "text_over_image": pytest.approx(0.5)}
+    texts, pictures, of_two = asked
+    assert len(of_two) == 2 and isinstance(of_two, torch.Tensor)
     assert pictures.shape == (8, 3, 16, 16)
     for text, moved in zip(texts, with_seen_places(ones, 0), strict=True):
         assert any(name in text for name in world.OBJECTS[moved.objects[0]][1])

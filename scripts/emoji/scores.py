@@ -86,7 +86,7 @@ def score_auc(model: ClipGen, judge: Judge, prompts: Prompts, first: Tensor) -> 
 def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample, size: int,
                   seed: int) -> dict[str, float]:
     """One candidate each: pairs that training never showed against pairs that it may have shown,
-    and texts against the embeddings of renders that show the same."""
+    and texts, of one thing and of two, against the embeddings of renders that show the same."""
     def right(conditions: Sequence[str] | Tensor, labels: list[Labels]) -> float:
         return share_right(judge.right(sample(conditions, 1)[1].float() / 255, labels)["objects"])
 
@@ -95,7 +95,9 @@ def paired_scores(judge: Judge, prompts: Prompts, first: Tensor, sample: Sample,
     moved = with_seen_places(prompts.ones, seed)
     seen = right(texts_of(moved, seed), moved)
     of_images = right(draw_labelled(prompts.ones, size, [seed, 5], judge.look), prompts.ones)
-    return {"object_right_unseen_pairs": unseen, "object_right_seen_pairs": seen,
+    of_two = {"both_objects_right_of_images": right(draw_labelled(
+        prompts.twos, size, [seed, 8], judge.look), prompts.twos)} if prompts.twos else {}
+    return of_two | {"object_right_unseen_pairs": unseen, "object_right_seen_pairs": seen,
             "object_right_of_images": of_images,
             "text_over_image": unseen / max(of_images, 1e-9)}
 

@@ -3,10 +3,10 @@
     python -m scripts.emoji.train [--preset cpu|gpu] [--out weights/emoji] [--minutes 9]
         [--training 12]
 
-Each part is what a command of its own does (train_clip, train_vqgan, encode_images, train_gpt,
-make_bundle); its settings are printed.  Stop it at any moment, or after so many `--minutes`: the
-same command goes on from there.  The last line of stdout is JSON, the seconds of each part.  It
-needs the emoji font (see scripts.emoji.scenes), then a judge of the same world:
+Each part is what a command of its own does (train_clip, train_text, train_vqgan, encode_images,
+train_gpt, make_bundle); its settings are printed.  Stop it at any moment, or after so many
+`--minutes`: the same command goes on from there.  The last line of stdout is JSON, the seconds of
+each part.  It needs the emoji font (see scripts.emoji.scenes), then a judge of the same world:
 python -m scripts.emoji.judge --train --objects N.
 
 preset cpu: 128 x 128 pixels, 16 x 16 codes, the first 64 objects of the world, on two cores.
@@ -39,12 +39,14 @@ from scripts.training.encoding import EncodeSettings, encode_images
 from scripts.training.gpt import GPTSettings, train_gpt
 from scripts.training.settings import RunSettings, identity, require_same
 from scripts.training.stages import as_flags
+from scripts.training.text import TextSettings, train_text
 from scripts.training.trainer import start
 from scripts.training.vqgan import VQGANSettings, train_vqgan
 
 HELD, VALIDATION = "first=310000000", "first=300000000"  # seeds that nothing is trained on
 PAIRS = 60  # of a hundred scenes that the GPT learns from show two things: they are harder
-TRAININGS = {CLIPSettings: train_clip, VQGANSettings: train_vqgan, GPTSettings: train_gpt}
+TRAININGS = {CLIPSettings: train_clip, TextSettings: train_text, VQGANSettings: train_vqgan,
+             GPTSettings: train_gpt}
 COMMANDS = {EncodeSettings: encode_images, BundleSettings: make_bundle}
 
 
@@ -56,6 +58,7 @@ class Preset:
     size: int  # pixels a side; the CLIP sees scenes of its own size
     count: int  # scenes
     clip: dict[str, Any]
+    text: dict[str, Any]
     vqgan: dict[str, Any]
     encode: dict[str, Any]
     gpt: dict[str, Any]
@@ -67,7 +70,7 @@ FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
     "cpu": Preset(  # a GAN of so few steps draws dots along the white edges
         "objects=64,stickers", 128, 200_000,
-        clip={"size": 64, "steps": 2600, "batch": 128},
+        clip={"size": 64, "steps": 2600, "batch": 128}, text={"steps": 800},
         vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
         encode={"limit": 40_000},
@@ -76,7 +79,7 @@ PRESETS = {
         decoder={"steps": 3000, "batch": 4, "gan": 0}),
     "gpu": Preset(
         "objects=244,stickers", 128, 400_000,
-        clip={"size": 128, "batch": 512, **FAST},
+        clip={"size": 128, "batch": 512, **FAST}, text={"workers": 14},
         vqgan={"channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
                "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
         encode={"workers": 14},
@@ -91,8 +94,9 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
     world = f"{preset.world},size={preset.size}"
     scenes, small = f"scenes:{preset.count},{world}", f"{preset.world},size={preset.clip['size']}"
     held = f"scenes:256,{world},held-out,{HELD}"
-    clip, vqgan, shards, gpt, decoder = (run / name for name in (
-        "clip", "vqgan", "shards", "gpt", "decoder"))
+    clip, text, vqgan, shards, gpt, decoder = (run / name for name in (
+        "clip", "text", "vqgan", "shards", "gpt", "decoder"))
+    pairs = f"{world},pairs={PAIRS}"
     exact: dict[str, Any] = {"scale": 1.0, "flip": False}  # a scene is seen as it was drawn
     times = {name: {"time": 60 * training * share} for name, share in preset.shares.items()}
 
@@ -104,19 +108,22 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
         "clip": CLIPSettings(
             images=f"scenes:80000,{small},families,keep", run=clip, together=FAMILY,
             validation=f"scenes:2000,{small},{VALIDATION}", **own("clip")),
+        # What it then says of texts is what its image tower says of the GPT's pictures.
+        "text": TextSettings(images=f"scenes:40000,{pairs}", run=text, clip=str(clip),
+                             validation=f"scenes:1000,{pairs},{VALIDATION}", **own("text")),
         "vqgan": VQGANSettings(images=scenes, validation=held, run=vqgan, clip=str(clip), **exact,
                                size=preset.size, **own("vqgan")),
         "encode": EncodeSettings(
-            images=f"{scenes},pairs={PAIRS}", out=shards,
+            images=f"scenes:{preset.count},{pairs}", out=shards,
             validation=f"scenes:1000,{world},{VALIDATION}",
-            clip=str(clip), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
+            clip=str(text), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
         "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
         # Alone, on codes that stay, it goes on learning; a discriminator can make it sharp.
         "decoder": VQGANSettings(
             images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
             **exact, optimizer="adamw", warmup=50, lr=6e-4, **own("decoder")),
         "bundle": BundleSettings(
-            out=out, clip=str(clip), vqgan=str(decoder), gpt=gpt, guidance=2.0, top_p=0.95,
+            out=out, clip=str(text), vqgan=str(decoder), gpt=gpt, guidance=2.0, top_p=0.95,
             force=True, trained_on=scenes)}
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.bundle import SamplingDefaults, load_bundle, save_bundle
+from clipgen.clip import CLIP
 from clipgen.gpt import GPT
 from scripts.training.cli import number, setting
 from scripts.training.loading import (
     CODES,
+    IMAGE_TOWER,
     fingerprint,
     load_clip,
     load_gpt,
@@ -27,10 +29,19 @@ def gpt_of(source: Path) -> tuple[GPT, dict, SamplingDefaults]:
     if (source / "config.json").is_file():
         bundle = load_bundle(source)
         return bundle.gpt, {"clip_sha256": fingerprint(bundle.clip), "means": None,
+                            "image_tower_sha256": fingerprint(bundle.clip, *IMAGE_TOWER),
                             "vqgan_sha256": fingerprint(bundle.vqgan, *CODES)}, bundle.sampling
     gpt = load_gpt(source)
     sampling = GUIDED if gpt.config.null_embedding else replace(GUIDED, guidance=1.0)
     return gpt, read_json(source, "shards.json", "gpt"), sampling
+
+
+def clip_fits(clip: CLIP, made_of: dict[str, Any]) -> bool:
+    """Whether a GPT's shards were encoded by this CLIP.  Its text tower may be another one since
+    (`train_text`), but not where the mean of its texts was measured."""
+    tower = made_of.get("image_tower_sha256")  # older shards do not say
+    same_images = tower == fingerprint(clip, *IMAGE_TOWER) and not made_of["means"]
+    return same_images or made_of["clip_sha256"] == fingerprint(clip)
 
 
 @dataclass(kw_only=True)
@@ -60,9 +71,10 @@ def make_bundle(s: BundleSettings) -> dict[str, Any]:
         raise ValueError(f"{s.out} holds a bundle already: give another directory, or --force to "
                          "replace it")
     clip, vqgan, (gpt, manifest, sampling) = load_clip(s.clip), load_vqgan(s.vqgan), gpt_of(s.gpt)
-    for name, path, found in (("clip", s.clip, fingerprint(clip)),
-                              ("vqgan", s.vqgan, fingerprint(vqgan, *CODES))):
-        if manifest[f"{name}_sha256"] != found:
+    for name, path, fits in (
+            ("clip", s.clip, clip_fits(clip, manifest)),
+            ("vqgan", s.vqgan, manifest["vqgan_sha256"] == fingerprint(vqgan, *CODES))):
+        if not fits:
             raise ValueError(f"{s.gpt} was trained on shards of another {name} than {path}: give "
                              "that one, or encode and train again")
     if means := manifest["means"]:

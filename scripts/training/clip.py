@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,18 +189,33 @@ class CLIPTask:
 
     @torch.no_grad()
     def validate(self, model: CLIP) -> tuple[dict[str, float], dict[str, Image.Image]]:
-        """`retrieval`: share of held-out images whose nearest caption of 100 is their own, or one
-        of an image with equal labels."""
+        """`retrieval` among held-out images."""
         pixels, texts, labels = self.held
-        hits = 0
-        for start in range(0, len(pixels), RETRIEVED):
-            part = slice(start, start + RETRIEVED)
-            embedded = model.embed_pixels(pixels[part].float() / 255)
-            nearest = (embedded @ model.embed_texts(texts[part]).T).argmax(1).tolist()
-            named, same = texts[part], labels[part]
-            hits += sum(named[j] == named[i] or same[j] == same[i] != {}
-                        for i, j in enumerate(nearest))
-        return {"retrieval": hits / len(pixels)}, {}
+        images = torch.cat([model.embed_pixels(part.float() / 255)
+                            for part in pixels.split(RETRIEVED)])
+        return {"retrieval": retrieval(images, model.embed_texts(texts), texts, labels)}, {}
+
+
+def retrieval(images: Tensor, embedded: Tensor, texts: list[str], labels: list[dict]) -> float:
+    """Share of images (N, D) whose nearest text of 100 (N, D) is their own: the same words, or that
+    of an image with equal labels."""
+    hits = 0
+    for start in range(0, len(images), RETRIEVED):
+        part = slice(start, start + RETRIEVED)
+        nearest = (images[part] @ embedded[part].T).argmax(1).tolist()
+        named, same = texts[part], labels[part]
+        hits += sum(named[j] == named[i] or same[j] == same[i] != {}
+                    for i, j in enumerate(nearest))
+    return hits / len(images)
+
+
+def captions_of(images: Images, indices: Iterable[int], source: str) -> list[list[str]]:
+    """The captions of those images.  ValueError: some have none."""
+    lines = [images.captions(i) for i in indices]
+    if not all(lines):
+        raise ValueError(f"{lines.count([])} images of {source} have no caption: give NAME.txt "
+                         "beside each, or --captions")
+    return lines
 
 
 def train_clip(settings: CLIPSettings, accelerator: Accelerator) -> dict[str, Any]:
@@ -216,14 +232,9 @@ def train_clip(settings: CLIPSettings, accelerator: Accelerator) -> dict[str, An
     refuse_inside(settings.images, run=settings.run)
     images, held, data = open_parts(settings.images, settings.validation, settings.held_out,
                                     settings.captions, settings.reading)
-    lines = [images.captions(i) for i in range(len(images))]
+    lines = captions_of(images, range(len(images)), settings.images)
     shown, views = stack_views(held, settings.size, 1000)
-    texts = [held.captions(i) for i in shown]
-    for given, source in ((lines, settings.images), (texts, settings.validation or
-                                                     settings.images)):
-        if not all(given):
-            raise ValueError(f"{given.count([])} images of {source} have no caption: give NAME.txt "
-                             "beside each, or --captions")
+    texts = captions_of(held, shown, settings.validation or settings.images)
     vocabulary = vocabulary_of({line for each in lines for line in each})
     clip = CLIP(small_config(vocabulary, settings))
     held_set = (views, [each[0] for each in texts], [held.labels(i) for i in shown])

@@ -27,7 +27,7 @@ from scripts.data.images import Images, UnreadableImage, draw
 from scripts.data.reading import ReadingSettings
 from scripts.data.transforms import centre_view, least_side, random_view
 from scripts.training.cli import positive, scale, seed, setting, whole
-from scripts.training.loading import CODES, fingerprint, load_clip, load_vqgan
+from scripts.training.loading import CODES, IMAGE_TOWER, fingerprint, load_clip, load_vqgan
 from scripts.training.settings import require_same
 
 IMAGES_PER_SHARD = 1024  # so many, per process, are encoded again after a kill
@@ -181,6 +181,7 @@ def write_manifest(out: Path, parts: dict[str, Images], settings: dict[str, Any]
         "grid": list(vqgan.code_grid), "codebook_size": vqgan.config.codebook_size,
         "embedding_dim": clip.embedding_dim, **settings, "skipped": skipped, "parts": described}
     texts = shards.Shards(out, "validation", manifest).texts()
+    manifest["image_tower_sha256"] = fingerprint(clip, *IMAGE_TOWER)
     manifest["text_mean"] = texts[0].mean(0).tolist() if texts else None
     shards.write_manifest(out, manifest)
 

@@ -267,6 +267,7 @@ def train_gpt(settings: GPTSettings, accelerator: Accelerator) -> dict[str, floa
         scores["memory_gb"] = max(logged(settings.run, "memory_gb"), default=0.0)
     if accelerator.is_main_process:
         shards = {"vqgan_sha256": manifest["vqgan_sha256"], "clip_sha256": manifest["clip_sha256"],
+                  "image_tower_sha256": manifest.get("image_tower_sha256"),
                   "means": {k: v.tolist() for k, v in means.items()} if means else None}
         finish(settings.run, "gpt", result.model.state_dict(), vars(gpt.config), shards=shards)
     accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from clipgen.vqgan import VQGAN, VQGANConfig
 from scripts.training.open_clip_models import clip_of_open_clip
 
 CODES = ("encoder.", "quantizer.")  # what codes depend on; the decoder may be trained further
+IMAGE_TOWER = ("model.visual.",)  # what image embeddings depend on; the texts' may be too
 
 
 def load_clip(source: str | Path) -> CLIP:
