@@ -6,6 +6,7 @@
     python -m scripts.benchmark start    process start to a server that is ready, by part
     python -m scripts.benchmark speedrun how much faster than a frozen recipe training learns
     python -m scripts.benchmark denormals  what too small numbers cost a VQGAN's training
+    python -m scripts.benchmark gpu      half an hour of a GPU: tests, speed, the large model
 
 `python -m scripts.benchmark NAME --help` lists the flags of each.
 """
@@ -22,7 +23,7 @@ from scripts.training.cli import one_sentence
 
 # Each is the file benchmarks/NAME.py, of which `parse` takes the arguments, `measure` makes the
 # result and `table` shows it.
-COMMANDS = ("train", "sample", "serve", "start", "speedrun", "denormals")
+COMMANDS = ("train", "sample", "serve", "start", "speedrun", "denormals", "gpu")
 
 
 def main(arguments: list[str] | None = None) -> None:

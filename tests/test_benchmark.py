@@ -16,7 +16,7 @@ from clipgen import bundle
 from clipgen.gpt import KVCache
 from clipgen.sampling import SIZES, Sampler
 from scripts import benchmark, train_vqgan
-from scripts.benchmarks import denormals
+from scripts.benchmarks import denormals, gpu
 from scripts.benchmarks import sample as benchmark_sample
 from scripts.benchmarks import train as benchmark_train
 from scripts.data import shards
@@ -271,3 +271,37 @@ def test_sample_beside_busy_processes(tmp_path, capsys):
     for wrong in (["--size", "published"], ["--candidates", "0"]):
         with pytest.raises(SystemExit, match="--busy times a bundle's images on a CPU"):
             benchmark.main(["sample", "--busy", "1", "--device", "cpu", *wrong])
+
+
+def test_half_an_hour_of_a_gpu_names_what_fails_and_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.json").write_text('{"odd": 1, "even": 2}')
+    command = ["json.tool", "--compact", str(tmp_path / "one.json")]
+    stages = {"slow": gpu.Stage(["timeit", "-n", "1", "import time; time.sleep(600)"], 0.01),
+              "wrong": gpu.Stage(["scripts.no_such_command"], 1),
+              "told": gpu.Stage(command, 1, lambda result: {"even": result["even"]}),
+              "silent": gpu.Stage(["json.tool", "--help"], 1, lambda result: {"even": 1}),
+              "last": gpu.Stage(command, 1)}
+    monkeypatch.setattr(gpu, "stages", lambda *_: stages)
+    benchmark.main(["gpu", "--out", str(tmp_path / "out"), "--only", "slow,wrong,told,silent"])
+    out, err = capsys.readouterr()
+    parts = json.loads(out.splitlines()[-1])["parts"]
+    assert {name: part["done"] for name, part in parts.items()} == {
+        "slow": False, "wrong": False, "told": True, "silent": False}
+    assert parts["slow"]["said"] == "not done after 0.01 minutes"
+    assert "no_such_command" in parts["wrong"]["said"] and "even" in err
+    assert parts["told"]["figures"] == {"even": 2} and "FAILED" in err
+    # What is done is not done again, what failed is.
+    begun = []
+    monkeypatch.setattr(gpu, "run", lambda name, *_: begun.append(name) or parts[name])
+    benchmark.main(["gpu", "--out", str(tmp_path / "out"), "--only", "told,wrong"])
+    assert begun == ["wrong"] and capsys.readouterr()
+    assert "--only odd is none of slow, wrong" in refusal(capsys, "gpu", "--only", "odd")
+
+
+@pytest.mark.slow
+def test_half_an_hour_of_a_gpu_runs_at_micro_size(tmp_path):
+    parts = json.loads(run("gpu", "--out", tmp_path, "--micro").stdout.splitlines()[-1])["parts"]
+    assert all(part["done"] for part in parts.values()) and list(parts) == [
+        "tests", "sample", "train", "model", "judge", "evaluate"]
+    assert parts["train"]["figures"]["training: images a second"] > 0
+    assert parts["evaluate"]["figures"]["psnr_db"] > 5 and (tmp_path / "sheet.png").is_file()

@@ -23,9 +23,9 @@ def test_the_parts_fit_together(preset, monkeypatch):
     sources = [value for part in parts.values() for name, value in vars(part).items()
                if name in ("images", "validation") and value]
     seen = [open_images(source)[0] for source in sources]
-    trained = {seed for each in seen if len(each) > 10_000 for seed in (each.seeds[0],
-                                                                         each.seeds[-1])}
-    others = [each.seeds[0] for each in seen if len(each) <= 10_000]
+    trained = {seed for each in seen if each.seeds[0] == 0 for seed in (each.seeds[0],
+                                                                        each.seeds[-1])}
+    others = [each.seeds[0] for each in seen if each.seeds[0] > 0]
     assert len({each.objects for each in seen}) == 1
     sizes = {name: {open_images(value)[0].size for key, value in vars(part).items()
                     if key in ("images", "validation") and value} for name, part in parts.items()}
@@ -34,7 +34,7 @@ def test_the_parts_fit_together(preset, monkeypatch):
     assert parts["clip"].batch % parts["clip"].together == 0
     assert min(others) > max(trained) and len(others) == 5
     assert [each.held_out for each in seen].count(True) == 2
-    assert make_vqgan(parts["vqgan"]).config.grid == 16
+    assert make_vqgan(parts["vqgan"]).config.grid == (8 if preset == "micro" else 16)
     assert parts["decoder"].decoder_of == parts["encode"].vqgan == str(parts["vqgan"].run)
     assert parts["bundle"].vqgan == str(parts["decoder"].run)
     assert parts["text"].clip == str(parts["clip"].run)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from pathlib import Path
 
 from torch import Tensor
 
-from scripts.emoji.judge import load_judge
+from scripts.emoji.judge import WEIGHTS, Judge, load_judge
 from scripts.emoji.scores import (
     Prompts,
     judged_on_renders,
@@ -54,21 +55,23 @@ COLUMNS = {
 }
 
 
-def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, int]:
-    """The settings, and the number of texts."""
+def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, int, Path]:
+    """The settings, the number of texts, the judge's file."""
     p = Parser(prog="scripts.emoji.evaluate", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(p, EvaluationSettings, without=("count",))
     p.add_argument("--prompts", type=number(int, 2, 10**6), default=200,
                    help="texts of one thing (200)")
+    p.add_argument("--judge", type=Path, default=WEIGHTS,
+                   help="file of another judge (emoji.judge --file)")
     p.set_defaults(count=None)
     a = p.parse_args(arguments)
-    return settings_of(EvaluationSettings, a), a.prompts
+    return settings_of(EvaluationSettings, a), a.prompts, a.judge
 
 
-def judged(s: EvaluationSettings, count: int) -> dict:
+def judged(s: EvaluationSettings, count: int, judge: Judge) -> dict:
     """The result of the evaluation with the judge's scores."""
-    began, judge = time.time(), load_judge()
+    began = time.time()
     prompts = Prompts.draw(count, len(judge.objects), s.seed)
     model = load_model(s)
     size = model.vqgan.config.image_size
@@ -98,10 +101,10 @@ def judged(s: EvaluationSettings, count: int) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The result, which is also the last line of stdout."""
-    settings, count = parse(arguments)
+    settings, count, judge = parse(arguments)
     with one_sentence():
         check(settings)
-        result = judged(settings, count)
+        result = judged(settings, count, load_judge(judge))
     columns = {key: title for key, title in COLUMNS.items() if result.get(key) is not None}
     print_table([*columns.values()], [[result[key] for key in columns]])
     print(json.dumps(result))

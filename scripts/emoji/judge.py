@@ -3,6 +3,8 @@
     python -m scripts.emoji.judge --train --objects 40 [--stickers]    writes judge.safetensors
     python -m scripts.emoji.judge                           scores it on 4,000 new renders
 
+--file is another place for it, which emoji.evaluate --judge takes.
+
 It learns from fresh renders with augmentation and has seen no generated image.
 """
 
@@ -121,9 +123,12 @@ def share_right(verdicts: Sequence[bool | None]) -> float:
     return sum(asked) / len(asked) if asked else float("nan")
 
 
-def load_judge() -> Judge:
-    """The committed judge."""
-    with safe_open(WEIGHTS, "pt") as file:
+def load_judge(path: Path = WEIGHTS) -> Judge:
+    """The committed judge, or another one.  ValueError: there is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no judge at {path}: train one, python -m scripts.emoji.judge "
+                         f"--train --file {path}")
+    with safe_open(path, "pt") as file:
         facts = file.metadata()
         judge = Judge(int(facts["objects"]), STICKERS if facts.get("stickers") else PLAIN)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -216,6 +221,8 @@ def main() -> None:
     p.add_argument("--steps", type=positive, default=4000)
     p.add_argument("--batch", type=positive, default=64)
     p.add_argument("--renders", type=positive, default=40000)
+    p.add_argument("--file", type=Path, default=WEIGHTS, help="of its weights (beside this file)")
+    p.add_argument("--count", type=positive, default=4000, help="new renders that it is scored on")
     a = p.parse_args()
     try:
         find_font()
@@ -225,9 +232,9 @@ def main() -> None:
         look = STICKERS if a.stickers else PLAIN
         judge = train(a.objects, look, a.steps, a.batch, a.renders)
         save_file({k: v.half() if v.is_floating_point() else v
-                   for k, v in judge.state_dict().items()}, WEIGHTS,
+                   for k, v in judge.state_dict().items()}, a.file,
                   {"objects": str(a.objects)} | ({"stickers": "yes"} if a.stickers else {}))
-    print(json.dumps({"judge_on_renders": score_on_renders(load_judge(), 4000)}))
+    print(json.dumps({"judge_on_renders": score_on_renders(load_judge(a.file), a.count)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the default bundle, weights/emoji: all its parts, from drawn scenes, in one command.
 
-    python -m scripts.emoji.train [--preset cpu|gpu] [--out weights/emoji] [--minutes 9]
+    python -m scripts.emoji.train [--preset cpu|gpu|micro] [--out weights/emoji] [--minutes 9]
         [--training 12]
 
 Each part is what a command of its own does (train_clip, train_text, train_vqgan, encode_images,
@@ -10,6 +10,7 @@ each part.  It needs the emoji font (see scripts.emoji.scenes), then a judge of 
 python -m scripts.emoji.judge --train --objects N.
 
 preset cpu: 128 x 128 pixels, 16 x 16 codes, the first 64 objects of the world, on two cores.
+preset micro: all of it in a minute, to see that it runs; what comes out draws nothing.
 preset gpu: the same with all objects, on one H100 or alike.  How many steps each
 part does follows from its share of `--training` minutes and from the speed it finds; drawing and
 encoding the scenes come on top, by estimate three minutes on 14 cores.
@@ -56,7 +57,8 @@ class Preset:
 
     world: str
     size: int  # pixels a side; the CLIP sees scenes of its own size
-    count: int  # scenes
+    count: int  # scenes that the VQGAN and the GPT learn from
+    captioned: tuple[int, int]  # scenes that the CLIP, and its text tower alone, learn from
     clip: dict[str, Any]
     text: dict[str, Any]
     vqgan: dict[str, Any]
@@ -69,7 +71,7 @@ class Preset:
 FAST = {"dtype": "bfloat16", "workers": 14}
 PRESETS = {
     "cpu": Preset(  # a GAN of so few steps draws dots along the white edges
-        "objects=64,stickers", 128, 200_000,
+        "objects=64,stickers", 128, 200_000, (80_000, 40_000),
         clip={"size": 64, "steps": 2600, "batch": 128}, text={"steps": 800},
         vqgan={"patch": 4, "channels": "64,128", "codebook_size": 2048, "steps": 6500,
                "batch": 4, "lr": 2e-3, "gan": 0},
@@ -78,7 +80,7 @@ PRESETS = {
              "corruption": 0.6},
         decoder={"steps": 3000, "batch": 4, "gan": 0}),
     "gpu": Preset(
-        "objects=244,stickers", 128, 400_000,
+        "objects=244,stickers", 128, 400_000, (80_000, 40_000),
         clip={"size": 128, "batch": 512, **FAST}, text={"workers": 14},
         vqgan={"channels": "48,96,128,160", "codebook_size": 2048, "batch": 64,
                "lr": 5e-4, "optimizer": "adamw", "middle_attention": True, **FAST},
@@ -86,14 +88,24 @@ PRESETS = {
         gpt={"layers": 8, "width": 288, "heads": 6, "batch": 128, "lr": 1e-3,
              "corruption": 0.6, "dtype": "bfloat16"},
         decoder={"batch": 64, "gan_start": 0.3, **FAST},
-        shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15})}
+        shares={"clip": 0.12, "vqgan": 0.33, "gpt": 0.4, "decoder": 0.15}),
+    "micro": Preset(
+        "objects=8,stickers", 64, 64, (2000, 64),
+        clip={"size": 32, "width": 8, "text_width": 32, "text_layers": 1, "steps": 3, "batch": 8},
+        text={"steps": 3, "batch": 8},
+        vqgan={"patch": 4, "channels": "16,32", "codebook_size": 64, "steps": 3, "batch": 2,
+               "gan": 0},
+        encode={},
+        gpt={"layers": 1, "width": 32, "heads": 2, "steps": 3, "batch": 4, "corruption": 0.6},
+        decoder={"steps": 3, "batch": 2, "gan": 0})}
 
 
 def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[str, Any]:
     """Part by part its settings.  training: minutes that the `shares` of a preset are of."""
     world = f"{preset.world},size={preset.size}"
     scenes, small = f"scenes:{preset.count},{world}", f"{preset.world},size={preset.clip['size']}"
-    held = f"scenes:256,{world},held-out,{HELD}"
+    some = min(1000, preset.count)
+    held = f"scenes:{min(256, some)},{world},held-out,{HELD}"
     clip, text, vqgan, shards, gpt, decoder = (run / name for name in (
         "clip", "text", "vqgan", "shards", "gpt", "decoder"))
     pairs = f"{world},pairs={PAIRS}"
@@ -106,16 +118,17 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
     return {
         # It sees each scene several times, so they are kept; families are its hard negatives.
         "clip": CLIPSettings(
-            images=f"scenes:80000,{small},families,keep", run=clip, together=FAMILY,
-            validation=f"scenes:2000,{small},{VALIDATION}", **own("clip")),
+            images=f"scenes:{preset.captioned[0]},{small},families,keep", run=clip, together=FAMILY,
+            validation=f"scenes:{2 * some},{small},{VALIDATION}", **own("clip")),
         # What it then says of texts is what its image tower says of the GPT's pictures.
-        "text": TextSettings(images=f"scenes:40000,{pairs}", run=text, clip=str(clip),
-                             validation=f"scenes:1000,{pairs},{VALIDATION}", **own("text")),
+        "text": TextSettings(
+            images=f"scenes:{preset.captioned[1]},{pairs}", run=text, clip=str(clip),
+            validation=f"scenes:{some},{pairs},{VALIDATION}", **own("text")),
         "vqgan": VQGANSettings(images=scenes, validation=held, run=vqgan, clip=str(clip), **exact,
                                size=preset.size, **own("vqgan")),
         "encode": EncodeSettings(
             images=f"scenes:{preset.count},{pairs}", out=shards,
-            validation=f"scenes:1000,{world},{VALIDATION}",
+            validation=f"scenes:{some},{world},{VALIDATION}",
             clip=str(text), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
         "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
         # Alone, on codes that stay, it goes on learning; a discriminator can make it sharp.
