@@ -201,6 +201,7 @@ def test_serve_tells_the_servers_time_from_the_models(tmp_path):
     data = json.loads(result.stdout.splitlines()[-1])
     assert 0 < data["model_s"] and 0 < data["added_s"] and 0 < data["added_share"] < 1
     assert data["request_s"] > data["added_s"] and data["requests"] == 2
+    assert not data["cancels"] or 0 < data["cancel_s"] <= data["cancel_s_most"]
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from clipgen import ClipGen
 from scripts.training.cli import one_sentence
 
 TEXTS = {  # and their seeds
-    "a unicorn on the moon": 1, "a rocket on a purple background": 1,
+    "a unicorn on the moon": 1, "a cat and a dog on the beach by day": 1,
     "a hamburger on the moon": 1, "a car on the beach at sunset": 1,
-    "a panda in the city in the rain": 1, "a watermelon on the beach": 1}
+    "a panda in the city in the rain": 1, "a pig next to a frog in a green meadow by day": 1}
 SIDE, COLUMNS, GAP, STRIP = 256, 3, 12, 30  # pixels
 
 

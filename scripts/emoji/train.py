@@ -130,7 +130,7 @@ def parts(preset: Preset, run: Path, out: Path, training: float = 12) -> dict[st
             images=f"scenes:{preset.count},{pairs}", out=shards,
             validation=f"scenes:{some},{world},{VALIDATION}",
             clip=str(text), vqgan=str(vqgan), crops=1, **exact, **own("encode")),
-        "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.4, **own("gpt")),
+        "gpt": GPTSettings(shards=shards, run=gpt, vqgan=str(vqgan), noise=0.2, **own("gpt")),
         # Alone, on codes that stay, it goes on learning; a discriminator can make it sharp.
         "decoder": VQGANSettings(
             images=scenes, validation=held, run=decoder, clip=str(clip), decoder_of=str(vqgan),
