@@ -35,7 +35,8 @@ def images(tmp_path_factory):
 def bundle(tmp_path_factory, images):
     source = open_images(str(images))[0]
     lines = [line for i in range(len(source)) for line in source.captions(i)]
-    return micro_bundle(tmp_path_factory.mktemp("bundle"), vocabulary=lines, null_embedding=True)
+    return micro_bundle(tmp_path_factory.mktemp("bundle"), vocabulary=lines, null_embedding=True,
+                        dtype=torch.float16)
 
 
 def train(images, clip, run, *more, steps=40):
@@ -147,6 +148,14 @@ def test_a_run_of_a_gpt_says_what_it_was_trained_on(bundle, fitted, tmp_path, sa
         else:
             with pytest.raises(SystemExit, match="shards of another clip"):
                 make_bundle.main(arguments)
+
+
+def test_words_that_cannot_be_learned_are_named(bundle):
+    clip = load_clip(bundle)
+    assert text.lacking(clip, [["an image of red"], ["red"]]) == ""
+    assert text.lacking(clip, [["zebra", "red"], ["red zebra, xylophone"]]) == (
+        "2 words of the captions are not in the vocabulary of the CLIP and will not be learned: "
+        "'xylophone', 'zebra'")
 
 
 def test_other_images_or_another_clip_are_another_run(images, bundle, fitted, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,15 @@ class TextTask:
                 "retrieval": retrieval(images, embedded, texts, labels)}, {}
 
 
+def lacking(clip: CLIP, lines: list[list[str]]) -> str:
+    """What to say of words that the vocabulary of a small CLIP has no token for; else nothing."""
+    words = sorted({word for each in lines for line in each for word in line.split()})
+    unknown = clip.unknown_words(" ".join(words))
+    return (f"{len(unknown)} words of the captions are not in the vocabulary of the CLIP and will "
+            f"not be learned: {', '.join(map(repr, unknown[:5]))}"
+            + (", ..." if len(unknown) > 5 else "")) if unknown else ""
+
+
 @torch.no_grad()
 def image_embeddings(settings: TextSettings, accelerator: Accelerator, clip: CLIP, images: Images,
                      what: str) -> tuple[list[int], Tensor]:
@@ -182,6 +192,8 @@ def train_text(settings: TextSettings, accelerator: Accelerator) -> dict[str, An
                                     settings.captions, settings.reading)
     made_of = fingerprint(clip)
     lines = captions_of(images, range(len(images)), settings.images)
+    if accelerator.is_main_process and (note := lacking(clip, lines)):
+        print(note, file=sys.stderr)
     shown, views = stack_views(held, clip.image_size, HELD)
     texts = captions_of(held, shown, settings.validation or settings.images)
     held_set = (clip.embed_pixels(views.float() / 255), [each[0] for each in texts],
