@@ -225,12 +225,24 @@ def test_a_family_differs_in_little(start, objects, pairs):
     assert (other.place, other.time) == (third.place, third.time) == (base.place, base.time)
     if objects == 3:  # where all others may be held out
         return
-    assert other.objects[:-1] == base.objects[:-1] and other.objects[-1] not in base.objects
+    changed = [b not in base.objects for b in other.objects]
+    assert len(other.objects) == len(base.objects) and sum(changed) == 1
+    assert all(a == b for a, b, c in zip(base.objects, other.objects, changed, strict=True)
+               if not c)
     assert third.objects == base.objects[::-1] if len(set(base.objects)) == 2 else (
         third.objects[0] == base.objects[0] != third.objects[1])
-    assert last.objects == base.objects[:1]
+    assert len(last.objects) == 1 and last.objects[0] in base.objects
     if len(base.objects) == 2:
         assert (last.place, last.time) == (base.place, base.time)
+
+
+@pytest.mark.parametrize("which", [1, 3])
+def test_in_families_either_of_two_things_is_exchanged_or_missing(which):
+    base = world.Labels(("cat", "dog"), "sea", "day")
+    kept = [world.relative(np.random.default_rng(seed), base, which, 12).objects
+            for seed in range(200)]
+    assert 60 < sum("cat" in each for each in kept) < 140
+    assert all(("cat" in each) != ("dog" in each) for each in kept)
 
 
 def test_a_sprite_has_a_white_edge_and_is_else_as_it_was():

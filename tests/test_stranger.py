@@ -158,7 +158,24 @@ def test_both_are_read_from_embeddings_that_say_them(monkeypatch):
 
     monkeypatch.setattr(clip_scores, "embedded", embedded)
     for noise, least in ((0, 0.99), (0.4, 0.9)):
-        images, texts = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=noise)
-        assert images >= least and texts < 0.5
-    blurred, _ = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=100)
-    assert blurred < 0.9
+        read = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=noise)
+        assert read["both_read"] >= least and read["both_read_text"] < 0.5
+    blurred = clip_scores.both_read(Deaf(), 6, 40, STICKERS, steps=300, noise=100)
+    assert blurred["both_read"] < 0.9
+
+
+def test_a_thing_that_an_embedding_leaves_out_is_told_by_its_side(monkeypatch):
+    directions, names = torch.eye(6), list(OBJECTS)[:6]
+
+    def embedded(clip, images, size=64):
+        labels = [images.drawn_labels(i) for i in range(len(images))]
+        return torch.stack([directions[names.index(each.objects[1])] for each in labels]), labels
+
+    class Same:
+        def embed_texts(self, texts):
+            return torch.ones(len(texts), 6)
+
+    monkeypatch.setattr(clip_scores, "embedded", embedded)
+    read = clip_scores.both_read(Same(), 6, 40, STICKERS, steps=300)
+    assert read["right_read"] == 1 and read["left_read"] < 0.7
+    assert read["both_read"] == read["left_read"]

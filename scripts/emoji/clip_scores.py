@@ -11,7 +11,8 @@ score_auc         the chance that a scene with what its text says scores above o
                   that lacks it: how far the score can be believed.
 both_read         scenes of two things in whose embedding a small network finds both, trained with
                   `--noise` on the embeddings, as a GPT is.
-both_read_text    the same of the embeddings of their captions, which the network never saw.
+left_read, right_read   the same of the thing on that side alone.
+both_read_text    both, of the embeddings of their captions, which the network never saw.
 
 A CLIP is a bundle, a run of train_clip or open_clip's ARCHITECTURE:PRETRAINED.  The last line of
 stdout is JSON.
@@ -87,10 +88,10 @@ def score_auc(parts: list[Tensor], labels: list[Labels]) -> float:
 
 
 def both_read(clip: CLIP, objects: int, count: int, look: Look, first: int = FIRST + 10**6,
-              steps: int = 3000, noise: float = 0) -> tuple[float, float]:
+              steps: int = 3000, noise: float = 0) -> dict[str, float]:
     """Shares of held-back scenes of two kinds of things, and of their captions, of which a network
-    of one hidden layer, trained on the embeddings of 20 times as many other scenes, finds both the
-    surest.  noise: as `train_gpt` adds it to those."""
+    of one hidden layer, trained on the embeddings of 20 times as many other scenes, finds both, or
+    the one on the left or right, among the two surest.  noise: as `train_gpt` adds it to those."""
     scenes = Scenes(range(first, first + 21 * count), objects, pairs=100, look=look)
     images, labels = embedded(clip, scenes)
     names = list(OBJECTS)[:objects]
@@ -112,13 +113,18 @@ def both_read(clip: CLIP, objects: int, count: int, look: Look, first: int = FIR
         optimizer.step()
     two = [i for i in range(count) if len(set(labels[i].objects)) == 2]
 
-    def share(embeddings: Tensor) -> float:
+    def found(embeddings: Tensor) -> np.ndarray:
+        """bool (N, 2): the thing on the left, that on the right."""
         sure = network(scale * embeddings).topk(2, 1).indices.tolist()
-        return sum({names[k] for k in found} == set(labels[i].objects)
-                   for found, i in zip(sure, two, strict=True)) / len(two)
+        return np.array([[names.index(name) in pair for name in labels[i].objects]
+                         for pair, i in zip(sure, two, strict=True)])
 
     with torch.no_grad():
-        return share(images[two]), share(clip.embed_texts(captions([labels[i] for i in two], 0)))
+        of_images = found(images[two])
+        of_texts = found(clip.embed_texts(captions([labels[i] for i in two], 0)))
+    left, right = of_images.mean(0).tolist()
+    return {"both_read": float(of_images.all(1).mean()), "left_read": left, "right_read": right,
+            "both_read_text": float(of_texts.all(1).mean())}
 
 
 def scores(clip: CLIP, objects: int, count: int, look: Look, noise: float = 0
@@ -132,10 +138,9 @@ def scores(clip: CLIP, objects: int, count: int, look: Look, noise: float = 0
                     pairs=round(100 * PAIR_SHARE), look=look)
     images, labels = embedded(clip, family)
     parts = similarities(clip, images, labels, FAMILY)
-    both, both_text = both_read(clip, objects, count, look, noise=noise)
     return found | {"retrieval_family": retrieval(parts, labels),
-                    "score_auc": score_auc(parts, labels),
-                    "both_read": both, "both_read_text": both_text}
+                    "score_auc": score_auc(parts, labels)} | both_read(clip, objects, count, look,
+                                                                       noise=noise)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:

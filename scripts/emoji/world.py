@@ -355,18 +355,22 @@ def draw_labels(rng: np.random.Generator, objects: int,
 def relative(rng: np.random.Generator, labels: Labels, which: int, objects: int) -> Labels:
     """One of a family of four that differ in as little as two scenes can.
 
-    0: the labels themselves.  1: another object instead of the last.  2: of two, each where the
-    other was; of one or twins, another beside it.  3: of two, the first alone; of one, elsewhere.
+    0: the labels themselves.  1: another object instead of one of them.  2: of two, each where the
+    other was; of one or twins, another beside it.  3: one of two alone; of one, elsewhere.  Of two
+    either may be the one: a CLIP looks less at a thing that is never exchanged.
     """
     names = [name for name in list(OBJECTS)[:objects] if name not in labels.objects]
     first, last, place, time = labels.objects[0], labels.objects[-1], labels.place, labels.time
     other = names[rng.integers(len(names))] if names else first
+    side = int(rng.integers(len(labels.objects)))
     if which == 1:
-        return Labels((*labels.objects[:-1], other), place, time)
+        changed = [*labels.objects]
+        changed[side] = other
+        return Labels(tuple(changed), place, time)
     if which == 2:
         return Labels((last, first) if last != first else (first, other), place, time)
     if which == 3 and len(labels.objects) == 2:
-        return Labels((first,), place, time)
+        return Labels((labels.objects[side],), place, time)
     if which == 3:
         elsewhere = draw_labels(rng, objects)
         return Labels(labels.objects, elsewhere.place, elsewhere.time)
