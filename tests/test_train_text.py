@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from clipgen import ClipGen
 from scripts import make_bundle, train_text
+from scripts.data.dataset import stack_views
 from scripts.data.presets import open_images
 from scripts.training import checkpoints, text, trainer
 from scripts.training.loading import (
@@ -148,6 +149,33 @@ def test_a_run_of_a_gpt_says_what_it_was_trained_on(bundle, fitted, tmp_path, sa
         else:
             with pytest.raises(SystemExit, match="shards of another clip"):
                 make_bundle.main(arguments)
+
+
+def test_each_caption_goes_with_its_own_image(images, bundle, tmp_path, monkeypatch):
+    """Also after one that cannot be read."""
+    folder, seen = shutil.copytree(images, tmp_path / "images"), {}
+    for path in sorted(folder.glob("*.png"))[3:5]:
+        path.write_bytes(b"no image")
+
+    class Seen(text.TextTask):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.update(vars(self))
+
+    monkeypatch.setattr(text, "TextTask", Seen)
+    train(folder, bundle, tmp_path / "run", steps=1)
+    source, clip = open_images(str(folder))[0], load_clip(bundle)
+    own = {}
+    for i in range(len(source)):
+        if source.names[i] not in [path.name for path in sorted(folder.glob("*.png"))[3:5]]:
+            view = stack_views(source.subset([i]), 32, 1)[1].float() / 255
+            own.setdefault(tuple(source.captions(i)), []).append(clip.embed_pixels(view)[0])
+    assert len(own) > 5 and 30 < len(seen["embeddings"]) == len(seen["lines"]) < 39
+    near = {words: [min((e.float() - each).norm().item() for each in own[words])
+                    for e in seen["embeddings"]] for words in own}
+    for k, words in enumerate(map(tuple, seen["lines"])):
+        assert near[words][k] < 2e-3
+    assert all(max(distances) > 0.01 for distances in near.values())
 
 
 def test_words_that_cannot_be_learned_are_named(bundle):
