@@ -7,7 +7,7 @@ else between request and response is the server's: checks, encoding the files, H
 medians.
 
 Then predictions of 64 candidates are cancelled, each at another moment of the time they would take:
-the seconds from that request until the prediction has ended, the median and the most.
+the seconds from that request until the server is READY for the next, the median and the most.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def wait_until_ready(url: str) -> None:
 
 
 def cancelled(url: str, times: int, seconds: float) -> list[float]:
-    """Seconds from the request to cancel until the prediction, which would take `seconds`, ends."""
+    """Seconds from the request to cancel a prediction, which would take `seconds`, until the server
+    is READY."""
     found = []
     with ThreadPoolExecutor(1) as pool:
         for i in tqdm(range(times), desc="cancels", file=sys.stderr):
@@ -108,7 +109,9 @@ def cancelled(url: str, times: int, seconds: float) -> list[float]:
             began = time.perf_counter()
             with contextlib.suppress(urllib.error.HTTPError):  # it has ended by itself
                 answer(f"{name}/cancel", {})
-            if running.result()["status"] == "canceled":
+            status = running.result()["status"]
+            wait_until_ready(url)
+            if status == "canceled":
                 found.append(time.perf_counter() - began)
     return found
 
