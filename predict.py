@@ -141,7 +141,7 @@ class Predictor(BasePredictor):
 
         paths = []
         for index, image in enumerate(images):
-            print(f"output {index}: seed {image.seed}, score {image.score:.2f}")
+            print(f"output {index}: seed {image.seed}, score {image.score:.3f}")
             paths.append(folder / f"output_{index}_seed_{image.seed}.{suffix}")
             with writing(self.outputs.name):
                 image.save(paths[-1], quality, metadata)

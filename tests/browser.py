@@ -44,8 +44,8 @@ def use(page: Page, url: str, screenshot: str) -> dict:
     page.click("#make")
     page.locator("#note", has_text="zeppelin").wait_for(timeout=PATIENCE)
     seen["first"] = captions(page, [])
-    page.get_by_text("a unicorn on the moon").click()  # an example fills the box
-    page.wait_for_function("document.querySelector('#text textarea').value.includes('unicorn')")
+    page.get_by_text("a cat and a dog on the beach by day").click()  # an example fills the box
+    page.wait_for_function("document.querySelector('#text textarea').value.includes('dog')")
     page.press("#text textarea", "Enter")
     seen["second"] = captions(page, seen["first"])
     seen["sizes"] = sizes(page)

@@ -13,7 +13,7 @@ from scripts.serving.schema import ROOT
 from tests.server import free_port, wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-CAPTION = r"seed \d+, score -?\d\.\d\d"
+CAPTION = r"seed \d+, score -?\d\.\d{3}"
 
 
 @pytest.fixture(scope="module")

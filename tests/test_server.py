@@ -151,7 +151,10 @@ def test_a_request_gives_images_log_and_metrics(server):
     assert scores == sorted(scores, reverse=True) and all(-1 <= score <= 1 for score in scores)
     lines = response["logs"].splitlines()
     assert lines[0] == "Using seed: 12"
-    assert lines[1:] == [f"output {i}: seed {seeds[i]}, score {scores[i]:.2f}" for i in range(3)]
+    said = [re.fullmatch(r"output (\d): seed (\d+), score (-?\d\.\d{3})", line).groups()
+            for line in lines[1:]]
+    assert [(int(i), int(seed)) for i, seed, _ in said] == [*enumerate(seeds)]
+    assert [float(score) for *_, score in said] == pytest.approx(scores, abs=6e-4)
     files = sorted(path.name for path in server.temporary.glob("clipgen-*/*/*"))
     assert files == [f"output_{i}_seed_{seeds[i]}.webp" for i in range(3)]
 

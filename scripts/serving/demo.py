@@ -30,7 +30,7 @@ from scripts.training.cli import Parser, number
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "weights" / "emoji"
 EXAMPLES = ["a cat on the beach at night", "a unicorn on the moon",
-            "a penguin in the desert at sunset", "a rocket on a purple background"]
+            "a cat and a dog on the beach by day", "a rocket on a purple background"]
 
 
 def free_port() -> int:
@@ -81,7 +81,7 @@ class Page:
         for picture in answer.pictures:
             path = Path(folder, f"seed_{picture.seed}{picture.suffix}")
             path.write_bytes(picture.content)
-            files.append((str(path), f"seed {picture.seed}, score {picture.score:.2f}"))
+            files.append((str(path), f"seed {picture.seed}, score {picture.score:.3f}"))
         return files
 
     def make(self, text: str, image: str | None, weight: float, *settings: Any) -> Drawn:
