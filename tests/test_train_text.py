@@ -186,6 +186,12 @@ def test_words_that_cannot_be_learned_are_named(bundle):
         "'xylophone', 'zebra'")
 
 
+def test_a_run_that_cannot_be_written_is_one_sentence(images, bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match=r"embeddings-\w+.npz cannot be written .*--run"):
+        train(images, bundle, tmp_path / "file" / "run")
+
+
 def test_other_images_or_another_clip_are_another_run(images, bundle, fitted, tmp_path):
     run = shutil.copytree(fitted[0], tmp_path / "run")
     other = micro_bundle(tmp_path / "other", seed=1, vocabulary=["red"])

@@ -155,7 +155,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--weights", type=Path, default=ROOT / "weights" / "emoji", help="bundle (weights/emoji)")
     add("--requests", type=positive, default=10, help="after one to warm up (10)")
-    add("--candidates", type=number(int, 1, 64), default=16, help="(16)")
+    add("--candidates", type=number(int, 1, MOST), default=16, help="(16)")
     add("--cancels", type=positive, default=8, help="predictions that are cancelled (8)")
     add("--outputs", type=number(int, 1, 8), default=4, help="(4)")
     a = p.parse_args(arguments)

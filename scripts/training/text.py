@@ -34,6 +34,7 @@ from scripts.data.transforms import all_views, order
 from scripts.training.cli import positive, setting, whole
 from scripts.training.clip import captions_of, retrieval
 from scripts.training.loading import fingerprint, load_clip
+from scripts.training.losses import centre
 from scripts.training.optim import adamw
 from scripts.training.run_directory import finish
 from scripts.training.settings import RunSettings
@@ -67,13 +68,11 @@ class TextTower(nn.Module):
 
     def __init__(self, clip: CLIP):
         super().__init__()
-        self.model, self.mean = clip.model, clip.config.text_embedding_mean
+        self.model, mean = clip.model, clip.config.text_embedding_mean
+        self.mean = None if mean is None else torch.tensor(mean)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        embedded = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
-        if self.mean is None:
-            return embedded
-        return F.normalize(embedded - embedded.new_tensor(self.mean), dim=-1)
+        return centre(F.normalize(self.model.encode_text(tokens).float(), dim=-1), self.mean)
 
 
 def train_text_alone(clip: CLIP) -> None:
@@ -159,11 +158,11 @@ def image_embeddings(settings: TextSettings, accelerator: Accelerator, clip: CLI
                      what: str) -> tuple[list[int], Tensor]:
     """Indices of the images that can be read, and their unit embeddings float16 (M, D).
 
-    Computed once and kept in the run's directory, under a name made of `what` they are.
+    Computed once and kept in the run's directory, under a name made of `what` they are.  OSError,
+    one sentence: they cannot be.
     """
     path = settings.run / f"embeddings-{hashlib.sha256(what.encode()).hexdigest()[:16]}.npz"
     if accelerator.is_main_process and not path.is_file():
-        settings.run.mkdir(parents=True, exist_ok=True)
         clip = copy.deepcopy(clip).to(accelerator.device)
         indices, rows = [], []
         with tqdm(total=len(images), desc="embedding", unit=" images") as bar:
@@ -174,7 +173,12 @@ def image_embeddings(settings: TextSettings, accelerator: Accelerator, clip: CLI
                 rows.append(clip.embed_pixels(pixels).half().cpu().numpy())
         buffer = io.BytesIO()
         np.savez(buffer, indices=np.array(indices), embeddings=np.concatenate(rows))
-        write_bytes(path, buffer.getvalue())
+        try:
+            settings.run.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, buffer.getvalue())
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}): make room, or give "
+                          "another --run directory") from None
     accelerator.wait_for_everyone()
     with np.load(path) as kept:
         return kept["indices"].tolist(), torch.from_numpy(kept["embeddings"])
